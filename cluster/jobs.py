@@ -1,0 +1,180 @@
+"""A job's life: its states, the legal transitions, and the codes of failed jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+
+class JobState(StrEnum):
+    """The states on the wire, as the reference server names them."""
+
+    IN_QUEUE = "in_queue"
+    IN_PROGRESS = "in_progress"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELED = "canceled"
+
+    @property
+    def terminal(self) -> bool:
+        """Whether a job in this state never changes again."""
+        return not TRANSITIONS[self]
+
+
+TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
+    JobState.IN_QUEUE: frozenset({JobState.IN_PROGRESS, JobState.CANCELED, JobState.FAILED}),
+    JobState.IN_PROGRESS: frozenset(
+        {JobState.IN_QUEUE, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELED}
+    ),
+    JobState.SUCCEEDED: frozenset(),
+    JobState.FAILED: frozenset(),
+    JobState.CANCELED: frozenset(),
+}
+
+
+class Phase(StrEnum):
+    """What a worker is doing for a job; each phase has its own stall limit."""
+
+    FETCH = "fetch"
+    LOAD = "load"
+    ENCODE = "encode"
+    STEP = "step"
+    DECODE = "decode"
+    PUBLISH = "publish"
+
+
+class FailureCode(StrEnum):
+    """Stable codes of failed jobs, in `error_code` of the status."""
+
+    CONTROL_IMAGE_INVALID = "CONTROL_IMAGE_INVALID"
+    DEVICE_FAULT = "DEVICE_FAULT"
+    INFERENCE_TIMEOUT = "INFERENCE_TIMEOUT"
+    INTERNAL_ERROR = "INTERNAL_ERROR"
+    LORA_FORMAT_NOT_SUPPORTED = "LORA_FORMAT_NOT_SUPPORTED"
+    LORA_NOT_FOUND = "LORA_NOT_FOUND"
+    LORA_NO_MATCH = "LORA_NO_MATCH"
+    LORA_PATH_NOT_ALLOWED = "LORA_PATH_NOT_ALLOWED"
+    MODEL_LOAD_FAILED = "MODEL_LOAD_FAILED"
+    OUTPUT_STORE_ERROR = "OUTPUT_STORE_ERROR"
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    WORKER_LOST = "WORKER_LOST"
+
+
+class JobFailure(Exception):
+    """A job cannot be rendered; `retry` says whether another attempt may help."""
+
+    def __init__(self, code: FailureCode, message: str, *, retry: bool = False) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.retry = retry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewJob:
+    """What admission hands to the queue.
+
+    `spec` is JSON and opaque to this layer; `adapter` names the LoRA set of the job, so that claims can
+    prefer replicas that already hold it. `tenant` is the owner of the job and of its idempotency key
+    (empty while the service is open), `fingerprint` the hash of the request body behind that key.
+    """
+
+    id: str
+    model: str
+    spec: Mapping[str, Any]
+    adapter: str
+    tenant: str = ""
+    idempotency_key: str | None = None
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a running job is: prompt and step count from 0, `steps` is of the current prompt."""
+
+    prompt: int
+    prompts: int
+    step: int
+    steps: int
+    phase: Phase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One row of the job table. Times are seconds since the epoch on the database's clock."""
+
+    id: str
+    seq: int
+    model: str
+    spec: Mapping[str, Any]
+    adapter: str
+    tenant: str
+    fingerprint: str | None
+    state: JobState
+    epoch: int
+    attempts: int
+    owner: str | None
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    cancel_requested: bool
+    progress: Progress | None
+    error: str | None
+    error_code: str | None
+    result: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A lease on a job: writes under it carry owner and epoch, and are refused once either changed.
+
+    `done` are the indexes of prompts whose outputs an earlier attempt recorded: they are not rendered again.
+    """
+
+    job: Job
+    owner: str
+    epoch: int
+    done: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """What a worker learns at each heartbeat of a claim that it still holds."""
+
+    cancel_requested: bool
+    timed_out: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobEvent:
+    """One line of the append-only history of a job."""
+
+    job_id: str
+    state: JobState
+    epoch: int
+    owner: str | None
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Depth:
+    """The load of one model: jobs, replicas seen alive, and the age in seconds of the oldest queued job."""
+
+    queued: int
+    running: int
+    workers: int
+    oldest_s: float
+
+
+class LeaseLost(Exception):
+    """The claim is no longer this worker's: its writes are refused."""
+
+
+class IdempotencyConflict(Exception):
+    """The idempotency key was used before with another request body."""
+
+
+class StoreUnavailable(Exception):
+    """The job table cannot be reached now; nothing was changed."""

@@ -1,0 +1,150 @@
+"""The object store: pictures, manifests and control images as named bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+from typing import Protocol
+
+PRIVATE = "inputs"
+"""First part of the keys of what clients sent; never served."""
+
+_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+
+
+class StoreError(Exception):
+    """The store cannot do what it was asked for now: disk full, away, or no such object."""
+
+
+class ObjectStore(Protocol):
+    """Named bytes. A key is parts of letters, digits, `.`, `_` and `-`, joined by `/`.
+
+    Every method raises `ValueError` for any other key, and `StoreError` when the store fails.
+    """
+
+    def put(self, key: str, data: bytes, content_type: str) -> None:
+        """Store `data`, at once and on disk, or not at all; an object of that key is replaced."""
+        ...
+
+    def get(self, key: str) -> bytes:
+        """Return the bytes of an object."""
+        ...
+
+    def exists(self, key: str) -> bool:
+        """Return whether there is such an object."""
+        ...
+
+    def location(self, key: str) -> str:
+        """Return where the object lies, as users of the machine or bucket name it."""
+        ...
+
+    def url(self, key: str, base_url: str) -> str:
+        """Return where clients of the gateway at `base_url` fetch the object; the key is the only secret."""
+        ...
+
+    def local_path(self, key: str) -> Path | None:
+        """Return the file that the gateway may serve for `key`, None for whatever else a client asks for."""
+        ...
+
+    def delete(self, prefix: str) -> None:
+        """Remove the object named `prefix` and all objects below `prefix/`; there may be none."""
+        ...
+
+
+class DirectoryStore:
+    """Objects as files below one directory, for the processes of one machine.
+
+    A file's name ends as its key does, which tells its type: `content_type` is not kept.
+    """
+
+    def __init__(self, root: Path) -> None:
+        """Name the directory; it is made with the first object."""
+        self._root = root.absolute()
+
+    def put(self, key: str, data: bytes, content_type: str) -> None:  # noqa: D102
+        path = self._path(key)
+        # No key begins with a dot: what a crash leaves behind is no object.
+        unfinished = path.with_name(f".{secrets.token_hex(8)}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with unfinished.open("xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                unfinished.replace(path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+            _sync_directory(path.parent)
+        except OSError as error:
+            raise StoreError(f"{key} cannot be stored: {error.strerror}") from error
+
+    def get(self, key: str) -> bytes:  # noqa: D102
+        try:
+            return self._path(key).read_bytes()
+        except OSError as error:
+            raise StoreError(f"{key} cannot be read: {error.strerror}") from error
+
+    def exists(self, key: str) -> bool:  # noqa: D102
+        return self._path(key).is_file()
+
+    def location(self, key: str) -> str:  # noqa: D102
+        return str(self._path(key))
+
+    def url(self, key: str, base_url: str) -> str:  # noqa: D102
+        self._path(key)
+        return f"{base_url}/outputs/{key}"
+
+    def local_path(self, key: str) -> Path | None:  # noqa: D102
+        try:
+            path, root = self._path(key).resolve(strict=True), self._root.resolve()
+        except (ValueError, OSError):
+            return None
+        servable = path.is_file() and path.is_relative_to(root) and not path.is_relative_to(root / PRIVATE)
+        return path if servable else None
+
+    def delete(self, prefix: str) -> None:  # noqa: D102
+        path = self._path(prefix)
+        try:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(f"{prefix} cannot be removed: {error.strerror}") from error
+
+    def _path(self, key: str) -> Path:
+        parts = key.split("/")
+        if not all(_PART.fullmatch(part) for part in parts):
+            raise ValueError(f"not a key of the object store: {key!r}")
+        return self._root.joinpath(*parts)
+
+
+def open_store(url: str) -> ObjectStore:
+    """Return the store at `file://PATH` or at a bare path, relative ones below the working directory.
+
+    Raises `ValueError` for any other URL.
+    """
+    scheme, separator, path = url.rpartition("://")
+    if (separator and scheme != "file") or not path:
+        raise ValueError("outputs go to a directory: use file://PATH or a path")
+    return DirectoryStore(Path(path))
+
+
+def content_key(data: bytes) -> str:
+    """Return the key of a control image: its sha256, so that equal images are stored once."""
+    digest = hashlib.sha256(data).hexdigest()
+    return f"{PRIVATE}/sha256/{digest[:2]}/{digest}"
+
+
+def _sync_directory(directory: Path) -> None:
+    """Write a directory's entries to disk; without it a new name may not survive a power loss."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,299 @@
+"""The job queue: what gateways, workers and the autoscaler ask of the job table."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, and_, delete, exists, func, select, update
+
+from cluster import claims, janitor, submission
+from cluster.database import Watch, open_database
+from cluster.jobs import Claim, Depth, Job, JobEvent, JobState, Lease, LeaseLost, NewJob, Progress
+from cluster.migrations import upgrade
+from cluster.schema import job_events, job_outputs, jobs, now, workers
+from cluster.telemetry import redact
+from cluster.transitions import again_or_failed, end_run, held_by, job_of, literal_state, move
+
+_LIVE = [state for state in JobState if not state.terminal]
+
+
+class JobQueue:
+    """The durable queue behind one URL, shared by the threads of a process.
+
+    Every method is one transaction, on disk when it returns, and raises `StoreUnavailable` when the table
+    cannot be reached. Writes under a claim raise `LeaseLost`, and change nothing, once the run that was
+    claimed is over: swept, released, claimed anew or ended. A lease that has ended without a sweep is still
+    the worker's: nobody else can have the job, and a late renewal saves the work. Whatever stops a run takes
+    its job out of `in_progress` first, so the state and the epoch are the whole fence.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        lease_s: float = 30.0,
+        run_timeout_s: float = 3600.0,
+        max_attempts: int = 3,
+        age_bound_s: float = 60.0,
+    ) -> None:
+        """Open the table and bring its schema up to date.
+
+        `lease_s` is how long a claim and a replica's presence hold without renewal, `run_timeout_s` bounds
+        one run, and jobs older than `age_bound_s` go first; all in seconds. Raises `ValueError` for a URL
+        that is not supported.
+        """
+        self._lease_s = lease_s
+        self._run_timeout_s = run_timeout_s
+        self._max_attempts = max_attempts
+        self._age_bound_s = age_bound_s
+        self._database = open_database(url)
+        with self._database.write() as connection:
+            upgrade(connection)
+
+    def close(self) -> None:
+        """Close the connections to the database."""
+        self._database.close()
+
+    def watch(self) -> Watch:
+        """Return a watch of the whole table, for one thread."""
+        return self._database.watch()
+
+    # --- Clients ---
+
+    def submit(self, new: Sequence[NewJob]) -> list[Job]:
+        """Store all jobs or none; return them in order, the earlier job where an idempotency key is known.
+
+        Raises `IdempotencyConflict` if the job behind a key has another fingerprint.
+        """
+        if not new:
+            return []
+        with self._database.write() as connection:
+            return submission.store(connection, self._database.insert, new)
+
+    def find(self, tenant: str, idempotency_key: str) -> Job | None:
+        """Return the job that holds the tenant's idempotency key."""
+        return self._one(and_(jobs.c.tenant == tenant, jobs.c.idempotency_key == idempotency_key))
+
+    def get(self, job_id: str) -> Job | None:
+        """Return a job, None if the id is unknown."""
+        return self._one(jobs.c.id == job_id)
+
+    def outputs(self, job_id: str) -> list[Mapping[str, Any]]:
+        """Return the outputs recorded for a job, in the order of its prompts.
+
+        They are published once the job has succeeded; before that they are what a retry need not render
+        again.
+        """
+        recorded = select(job_outputs.c.output).where(job_outputs.c.job_id == job_id)
+        with self._database.read() as connection:
+            return list(connection.scalars(recorded.order_by(job_outputs.c.prompt_index)))
+
+    def events(self, job_id: str) -> list[JobEvent]:
+        """Return the history of a job, oldest first."""
+        columns = [job_events.c[name] for name in ("job_id", "state", "epoch", "owner", "at")]
+        history = select(*columns).where(job_events.c.job_id == job_id).order_by(job_events.c.id)
+        with self._database.read() as connection:
+            rows = connection.execute(history).mappings().all()
+        return [JobEvent(**{**row, "state": JobState(row["state"])}) for row in rows]
+
+    def ahead(self, job: Job) -> int | None:
+        """Return how many jobs of its model were queued before this one, None unless it waits itself.
+
+        An approximation: claims prefer warm LoRAs, so a later job may well run earlier.
+        """
+        if job.state is not JobState.IN_QUEUE:
+            return None
+        queued = and_(jobs.c.state == JobState.IN_QUEUE, jobs.c.model == job.model)
+        before = and_(jobs.c.created_at <= job.created_at, jobs.c.seq < job.seq)
+        with self._database.read() as connection:
+            return connection.scalar(select(func.count()).where(queued, before))
+
+    def finished(self, job_ids: Collection[str]) -> set[str]:
+        """Return which of the jobs have come to their end, or are unknown."""
+        live = select(jobs.c.id).where(jobs.c.id.in_(job_ids), jobs.c.state.in_(_LIVE))
+        with self._database.read() as connection:
+            return set(job_ids).difference(connection.scalars(live))
+
+    def cancel(self, job_id: str) -> tuple[Job, bool] | None:
+        """Cancel a queued job, or ask the worker of a running one to stop; None if the id is unknown.
+
+        The second value tells whether the job was still to be canceled; one that has ended is left as it is.
+        """
+        with self._database.write() as connection:
+            found = select(jobs).where(jobs.c.id == job_id).with_for_update()
+            row = connection.execute(found).mappings().one_or_none()
+            if row is None:
+                return None
+            if row["state"] == JobState.IN_QUEUE:
+                target = literal_state(JobState.CANCELED)
+                (job,) = move(
+                    connection, JobState.IN_QUEUE, target, jobs.c.id == job_id, cancel_requested=True
+                )
+                return job, True
+            if row["state"] == JobState.IN_PROGRESS:
+                request = update(jobs).where(jobs.c.id == job_id).values(cancel_requested=True)
+                return job_of(connection.execute(request.returning(jobs)).mappings().one()), True
+            return job_of(row), False
+
+    # --- Workers ---
+
+    def announce(self, owner: str, model: str, warm: Collection[str]) -> None:
+        """Record that a replica is alive and which adapters it holds; those of its running jobs are added."""
+        with self._database.write() as connection:
+            held = claims.adapters_running(connection, owner) | set(warm)
+            claims.announce(connection, owner, model, held)
+
+    def withdraw(self, owner: str) -> None:
+        """Forget a replica and what it held. Its claims stay as they are."""
+        with self._database.write() as connection:
+            connection.execute(delete(workers).where(workers.c.owner == owner))
+
+    def claim(
+        self, model: str, owner: str, *, warm: Collection[str] = (), patience_s: float = 1.0
+    ) -> Claim | None:
+        """Take the next job for a replica that holds the adapters `warm`; None if there is none for it now.
+
+        The order is that of `claims.next_job`. A claim also announces the replica, with `warm` and the
+        adapter of the job. A job may become claimable by time alone, after back-off or patience, which no
+        watch reports.
+        """
+        with self._database.read() as connection:
+            # Idle replicas look often: they must not queue for the write lock.
+            if not connection.scalar(select(claims.anything_ready(model))):
+                return None
+        with self._database.write() as connection:
+            claims.announce(connection, owner, model, warm)
+            job = self._take(connection, model, owner, patience_s)
+            if job is None:
+                # Nothing is committed, so that nobody wakes who would look in vain and wake others.
+                connection.rollback()
+                return None
+            claims.announce(connection, owner, model, {*warm, job.adapter})
+            recorded = select(job_outputs.c.prompt_index).where(job_outputs.c.job_id == job.id)
+            done = frozenset(connection.scalars(recorded))
+        return Claim(job=job, owner=owner, epoch=job.epoch, done=done)
+
+    def _take(self, connection: Connection, model: str, owner: str, patience_s: float) -> Job | None:
+        chosen = claims.next_job(model, owner, age_bound_s=self._age_bound_s, patience_s=patience_s)
+        taken = move(
+            connection,
+            JobState.IN_QUEUE,
+            literal_state(JobState.IN_PROGRESS),
+            jobs.c.seq == chosen,
+            owner=owner,
+            epoch=jobs.c.epoch + 1,
+            attempts=jobs.c.attempts + 1,
+            started_at=now(),
+            lease_until=now() + self._lease_s,
+            deadline=now() + self._run_timeout_s,
+        )
+        return taken[0] if taken else None
+
+    def heartbeat(self, claim: Claim, progress: Progress, *, renew: bool) -> Lease:
+        """Write progress, renew the lease if asked to, and tell whether the run has to stop."""
+        values: dict[str, Any] = {"progress": asdict(progress)}
+        if renew:
+            values["lease_until"] = now() + self._lease_s
+        beat = update(jobs).where(held_by(claim), jobs.c.state == JobState.IN_PROGRESS).values(values)
+        told = beat.returning(jobs.c.cancel_requested, jobs.c.deadline <= now())
+        with self._database.write() as connection:
+            row = connection.execute(told).one_or_none()
+            if row is None:
+                raise _lost(claim)
+        return Lease(cancel_requested=row[0], timed_out=row[1])
+
+    def record_output(self, claim: Claim, index: int, output: Mapping[str, Any]) -> None:
+        """Record the output of prompt `index`. Of two records for one prompt the first stands."""
+        row = {"job_id": claim.job.id, "prompt_index": index, "epoch": claim.epoch, "output": dict(output)}
+        with self._database.write() as connection:
+            held = select(jobs.c.seq).where(held_by(claim), jobs.c.state == JobState.IN_PROGRESS)
+            if connection.scalar(held.with_for_update()) is None:
+                raise _lost(claim)
+            connection.execute(self._database.insert(job_outputs).values(row).on_conflict_do_nothing())
+
+    def finish(
+        self,
+        claim: Claim,
+        state: JobState,
+        *,
+        error: str | None = None,
+        error_code: str | None = None,
+        result: Mapping[str, Any] | None = None,
+    ) -> None:
+        """End the job in a terminal state.
+
+        Success stands even if cancellation was requested: the outputs are there, and a request may come too
+        late. To finish again in the same state is no error, since a worker repeats a write whose reply it did
+        not get.
+        """
+        if not state.terminal:
+            raise ValueError(f"a job cannot finish as {state}")
+        values = {"error": error and redact(error), "error_code": error_code, "result": result}
+        with self._database.write() as connection:
+            if move(connection, JobState.IN_PROGRESS, literal_state(state), held_by(claim), **values):
+                return
+            if not connection.scalar(select(exists().where(held_by(claim), jobs.c.state == state))):
+                raise _lost(claim)
+
+    def retry(self, claim: Claim, *, error: str, error_code: str, delay_s: float) -> JobState:
+        """End a failed attempt: queue the job again, to be claimed after `delay_s` seconds; return its state.
+
+        It fails with the error if its attempts are used up, and is canceled if that was requested.
+        """
+        target = again_or_failed(self._max_attempts)
+        values = {"error": redact(error), "error_code": error_code, "not_before": now() + delay_s}
+        with self._database.write() as connection:
+            moved = end_run(connection, target, held_by(claim), **values)
+            if not moved:
+                raise _lost(claim)
+        return moved[0].state
+
+    def release(self, claim: Claim) -> None:
+        """Hand the job back to the queue without counting the attempt, or cancel it if that was requested."""
+        target, attempts = literal_state(JobState.IN_QUEUE), jobs.c.attempts - 1
+        with self._database.write() as connection:
+            if not end_run(connection, target, held_by(claim), attempts=attempts):
+                raise _lost(claim)
+
+    # --- Operation ---
+
+    def depths(self) -> dict[str, Depth]:
+        """Return the load of every model that has jobs or replicas."""
+        queued, running = jobs.c.state == JobState.IN_QUEUE, jobs.c.state == JobState.IN_PROGRESS
+        oldest_s = now() - func.min(jobs.c.created_at).filter(queued)
+        counts = (func.count().filter(queued), func.count().filter(running), func.coalesce(oldest_s, 0.0))
+        load = select(jobs.c.model, *counts).where(jobs.c.state.in_(_LIVE)).group_by(jobs.c.model)
+        present = workers.c.seen_at > now() - self._lease_s
+        replicas = select(workers.c.model, func.count()).where(present).group_by(workers.c.model)
+        with self._database.read() as connection:
+            loads: dict[str, list[Any]] = {model: counts for model, *counts in connection.execute(load)}
+            alive = dict(connection.execute(replicas).all())
+        depths = {}
+        for model in loads.keys() | alive.keys():
+            waiting, active, age_s = loads.get(model, [0, 0, 0.0])
+            depths[model] = Depth(queued=waiting, running=active, workers=alive.get(model, 0), oldest_s=age_s)
+        return depths
+
+    def sweep(self) -> int:
+        """Bring back jobs of lost workers, end those past their deadline, forget lost replicas.
+
+        Returns how many jobs moved. Every gateway may call it at any time; one at a time does it.
+        """
+        with self._database.write() as connection:
+            return janitor.sweep(
+                connection,
+                max_attempts=self._max_attempts,
+                run_timeout_s=self._run_timeout_s,
+                presence_s=self._lease_s,
+            )
+
+    def _one(self, condition: ColumnElement[bool]) -> Job | None:
+        with self._database.read() as connection:
+            row = connection.execute(select(jobs).where(condition)).mappings().one_or_none()
+        return None if row is None else job_of(row)
+
+
+def _lost(claim: Claim) -> LeaseLost:
+    return LeaseLost(f"job {claim.job.id}: epoch {claim.epoch} of {claim.owner} is over")

@@ -1,0 +1,130 @@
+"""The tables of the job queue, and the clock that every time in them comes from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+
+
+class now(FunctionElement[float]):
+    """Seconds since the epoch on the database's clock, to the millisecond; one value for a statement."""
+
+    type = Double()
+    inherit_cache = True
+
+
+@compiles(now, "sqlite")
+def _sqlite_now(_element: now, _compiler: SQLCompiler, **_options: Any) -> str:  # noqa: ANN401
+    # unixepoch('now', 'subsec') is NULL before SQLite 3.42; 2440587.5 is the Julian day of the epoch.
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(now, "postgresql")
+def _postgresql_now(_element: now, _compiler: SQLCompiler, **_options: Any) -> str:  # noqa: ANN401
+    # clock_timestamp() is volatile and would keep a comparison off its index; a subquery is evaluated once.
+    return "(SELECT extract(epoch FROM clock_timestamp())::double precision)"
+
+
+_Serial = BigInteger().with_variant(Integer, "sqlite")
+"""SQLite fills a primary key by itself only where its type is INTEGER."""
+
+_Object = JSON(none_as_null=True)
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "fk": "%(table_name)s_%(column_0_name)s_fkey",
+        "uq": "%(table_name)s_%(column_0_N_name)s_key",
+    }
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("seq", _Serial, primary_key=True),
+    Column("id", Text, nullable=False, unique=True),
+    Column("model", Text, nullable=False),
+    Column("spec", _Object, nullable=False),
+    Column("adapter", Text, nullable=False),
+    Column("tenant", Text, nullable=False),
+    Column("idempotency_key", Text),
+    Column("fingerprint", Text),
+    Column("state", Text, nullable=False),
+    Column("epoch", Integer, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    # The last replica that claimed the job; it holds the job only while the state is in_progress.
+    Column("owner", Text),
+    Column("lease_until", Double),
+    Column("deadline", Double),
+    Column("not_before", Double, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("started_at", Double),
+    Column("finished_at", Double),
+    Column("cancel_requested", Boolean, nullable=False),
+    Column("progress", _Object),
+    Column("error", Text),
+    Column("error_code", Text),
+    Column("result", _Object),
+    UniqueConstraint("tenant", "idempotency_key"),
+    # Oldest first within a model, and within one LoRA of it; the first also counts depths and finds leases.
+    Index("jobs_by_age", "state", "model", "created_at", "seq"),
+    Index("jobs_by_adapter", "state", "model", "adapter", "created_at", "seq"),
+)
+
+job_outputs = Table(
+    "job_outputs",
+    metadata,
+    Column("job_id", Text, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("prompt_index", Integer, primary_key=True, autoincrement=False),
+    Column("epoch", Integer, nullable=False),
+    Column("output", _Object, nullable=False),
+)
+
+# Append-only: no foreign key, so that a job's history may outlive its row.
+job_events = Table(
+    "job_events",
+    metadata,
+    Column("id", _Serial, primary_key=True),
+    Column("job_id", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("epoch", Integer, nullable=False),
+    Column("owner", Text),
+    Column("at", Double, nullable=False),
+    Index("job_events_by_job", "job_id", "id"),
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("owner", Text, primary_key=True),
+    Column("model", Text, nullable=False),
+    Column("seen_at", Double, nullable=False),
+)
+
+warm = Table(
+    "warm",
+    metadata,
+    Column("owner", Text, ForeignKey("workers.owner", ondelete="CASCADE"), primary_key=True),
+    Column("adapter", Text, primary_key=True),
+    Index("warm_by_adapter", "adapter"),
+)
+
+# One row for each duty that only one process at a time performs, locked while it does.
+locks = Table("locks", metadata, Column("name", Text, primary_key=True))

@@ -1,0 +1,52 @@
+"""Storing new jobs, once for each idempotency key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, Table, or_, select, tuple_
+from sqlalchemy.dialects import postgresql, sqlite
+
+from cluster.jobs import IdempotencyConflict, Job, JobState, NewJob
+from cluster.schema import jobs, now
+from cluster.transitions import job_of, record
+
+Insert = Callable[[Table], sqlite.Insert | postgresql.Insert]
+"""A dialect's own INSERT, which knows ON CONFLICT."""
+
+_KEY = (jobs.c.tenant, jobs.c.idempotency_key)
+
+
+def store(connection: Connection, insert: Insert, new: Sequence[NewJob]) -> list[Job]:
+    """Store jobs in the caller's transaction; return them in order, or the earlier ones that hold their keys.
+
+    A twin that is committed meanwhile is found too: inserting waits for it and then does nothing. Raises
+    `IdempotencyConflict` if a key is held by a job with another fingerprint; the caller must roll back.
+    """
+    statement = insert(jobs).values(created_at=now()).on_conflict_do_nothing(index_elements=_KEY)
+    connection.execute(statement, [_row(job) for job in new])
+    keys = [(job.tenant, job.idempotency_key) for job in new if job.idempotency_key is not None]
+    found = or_(jobs.c.id.in_([job.id for job in new]), tuple_(*_KEY).in_(keys))
+    rows = connection.execute(select(jobs).where(found)).mappings().all()
+    stored = _match(rows, new)
+    record(connection, [job for job, asked in zip(stored, new, strict=True) if job.id == asked.id])
+    return stored
+
+
+def _row(job: NewJob) -> dict[str, Any]:
+    empty = {"epoch": 0, "attempts": 0, "not_before": 0.0, "cancel_requested": False}
+    return asdict(job) | {"state": JobState.IN_QUEUE} | empty
+
+
+def _match(rows: Sequence[RowMapping], new: Sequence[NewJob]) -> list[Job]:
+    by_id = {row["id"]: row for row in rows}
+    by_key = {(row["tenant"], row["idempotency_key"]): row for row in rows}
+    stored = []
+    for job in new:
+        row = by_id[job.id] if job.idempotency_key is None else by_key[job.tenant, job.idempotency_key]
+        if row["fingerprint"] != job.fingerprint:
+            raise IdempotencyConflict(f"the key {job.idempotency_key!r} belongs to another request")
+        stored.append(job_of(row))
+    return stored

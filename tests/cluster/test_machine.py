@@ -1,0 +1,192 @@
+"""The queue against a model of it: any operations, in any order, by several workers, late ones among them."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+
+from cluster.jobs import Claim, JobState, LeaseLost
+from cluster.queue import JobQueue
+from tests.cluster.tables import MODEL, STEP, check_history, let_pass, new_job
+
+LEASE_S, RUN_S, ATTEMPTS = 30.0, 100.0, 3
+
+OWNERS = ("replica-1", "replica-2", "replica-3")
+
+
+@dataclass
+class Expected:
+    """What the model knows of a job; times are seconds that it has left."""
+
+    state: JobState = JobState.IN_QUEUE
+    epoch: int = 0
+    attempts: int = 0
+    owner: str | None = None
+    cancel: bool = False
+    lease: float = 0.0
+    run: float = 0.0
+    back_off: float = 0.0
+    outputs: dict[int, str] = field(default_factory=dict)
+
+    def stop(self, target: JobState) -> None:
+        """End a run that brought no result."""
+        self.state = JobState.CANCELED if self.cancel else target
+
+    def again(self) -> JobState:
+        return JobState.IN_QUEUE if self.attempts < ATTEMPTS else JobState.FAILED
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """Rules are the queue's methods; invariants compare it with the model."""
+
+    claims = Bundle("claims")
+    ids = Bundle("ids")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.mkdtemp()
+        self.url = f"sqlite:///{self.folder}/jobs.db"
+        self.queue = JobQueue(self.url, lease_s=LEASE_S, run_timeout_s=RUN_S, max_attempts=ATTEMPTS)
+        self.model: dict[str, Expected] = {}
+
+    def teardown(self) -> None:
+        for job_id in self.model:
+            check_history(self.queue.events(job_id))
+        self.queue.close()
+        shutil.rmtree(self.folder)
+
+    def held(self, claim: Claim) -> Expected | None:
+        """Return the model of the claimed job if the claim still holds it."""
+        job = self.model[claim.job.id]
+        holds = (job.state, job.epoch, job.owner) == (JobState.IN_PROGRESS, claim.epoch, claim.owner)
+        return job if holds else None
+
+    def write(self, claim: Claim, write: Callable[[], object]) -> Expected | None:
+        """Write under a claim: it is refused exactly if the model says that the claim is over."""
+        job = self.held(claim)
+        if job is None:
+            with pytest.raises(LeaseLost):
+                write()
+        else:
+            write()
+        return job
+
+    @rule(target=ids, adapters=st.lists(st.sampled_from("ab"), min_size=1, max_size=3))
+    def submit(self, adapters: list[str]) -> object:
+        jobs = self.queue.submit([new_job(adapter) for adapter in adapters])
+        self.model |= {job.id: Expected() for job in jobs}
+        return multiple(*(job.id for job in jobs))
+
+    @rule(target=claims, owner=st.sampled_from(OWNERS), warm=st.sets(st.sampled_from("abc")))
+    def claim(self, owner: str, warm: set[str]) -> object:
+        claim = self.queue.claim(MODEL, owner, warm=warm, patience_s=0)
+        ready = [job for job in self.model.values() if job.state is JobState.IN_QUEUE and job.back_off <= 0]
+        assert (claim is not None) == bool(ready)
+        if claim is None:
+            return multiple()
+        job = self.model[claim.job.id]
+        assert any(job is candidate for candidate in ready)
+        assert claim.done == set(job.outputs)
+        job.state, job.owner, job.lease, job.run = JobState.IN_PROGRESS, owner, LEASE_S, RUN_S
+        job.epoch, job.attempts = job.epoch + 1, job.attempts + 1
+        return claim
+
+    @rule(claim=claims, renew=st.booleans())
+    def heartbeat(self, claim: Claim, renew: bool) -> None:
+        job = self.held(claim)
+        if job is None:
+            with pytest.raises(LeaseLost):
+                self.queue.heartbeat(claim, STEP, renew=renew)
+            return
+        lease = self.queue.heartbeat(claim, STEP, renew=renew)
+        assert (lease.cancel_requested, lease.timed_out) == (job.cancel, job.run <= 0)
+        if renew:
+            job.lease = LEASE_S
+
+    @rule(claim=claims, index=st.integers(0, 2))
+    def record_output(self, claim: Claim, index: int) -> None:
+        by = f"{claim.owner}/{claim.epoch}"
+        if job := self.write(claim, lambda: self.queue.record_output(claim, index, {"by": by})):
+            job.outputs.setdefault(index, by)
+
+    @rule(claim=claims, state=st.sampled_from([state for state in JobState if state.terminal]))
+    def finish(self, claim: Claim, state: JobState) -> None:
+        job = self.model[claim.job.id]
+        if (job.state, job.epoch, job.owner) == (state, claim.epoch, claim.owner):
+            self.queue.finish(claim, state)  # A repeated write.
+        elif self.write(claim, lambda: self.queue.finish(claim, state)):
+            job.state = state
+
+    @rule(claim=claims, delay_s=st.sampled_from([0, 50]))
+    def retry(self, claim: Claim, delay_s: float) -> None:
+        failure = {"error": "e", "error_code": "E", "delay_s": delay_s}
+        if job := self.write(claim, lambda: self.queue.retry(claim, **failure)):
+            job.stop(job.again())
+            job.back_off = delay_s
+
+    @rule(claim=consumes(claims))
+    def release(self, claim: Claim) -> None:
+        if job := self.write(claim, lambda: self.queue.release(claim)):
+            job.attempts -= 1
+            job.back_off = 0
+            job.stop(JobState.IN_QUEUE)
+
+    @rule(job_id=ids)
+    def cancel(self, job_id: str) -> None:
+        job = self.model[job_id]
+        answer = self.queue.cancel(job_id)
+        assert answer is not None
+        assert answer[1] is not job.state.terminal
+        if not job.state.terminal:
+            job.cancel = True
+        if job.state is JobState.IN_QUEUE:
+            job.state = JobState.CANCELED
+
+    @rule(seconds=st.sampled_from([20, 60]))
+    def let_pass(self, seconds: float) -> None:
+        let_pass(self.url, seconds)
+        for job in self.model.values():
+            job.lease, job.run, job.back_off = job.lease - seconds, job.run - seconds, job.back_off - seconds
+
+    @rule()
+    def sweep(self) -> None:
+        running = [job for job in self.model.values() if job.state is JobState.IN_PROGRESS]
+        due = [job for job in running if job.lease <= 0 or job.run <= 0]
+        assert self.queue.sweep() == len(due)
+        for job in due:
+            job.back_off = 0
+            job.stop(job.again() if job.lease <= 0 else JobState.FAILED)
+
+    @invariant()
+    def the_table_is_as_the_model(self) -> None:
+        for job_id, job in self.model.items():
+            row = self.queue.get(job_id)
+            assert row is not None
+            assert (row.state, row.epoch, row.attempts, row.owner, row.cancel_requested) == (
+                job.state,
+                job.epoch,
+                job.attempts,
+                job.owner,
+                job.cancel,
+            )
+            assert (row.finished_at is not None) is job.state.terminal
+            assert self.queue.outputs(job_id) == [{"by": by} for _, by in sorted(job.outputs.items())]
+        ended = {job_id for job_id, job in self.model.items() if job.state.terminal}
+        assert self.queue.finished(self.model) == ended
+
+
+TestQueueMachine = QueueMachine.TestCase
+TestQueueMachine.settings = settings(
+    max_examples=20,
+    stateful_step_count=30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)

@@ -1,0 +1,197 @@
+"""Objects in a directory: all or nothing, and nothing outside of it."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import threading
+from pathlib import Path
+
+import pytest
+
+from cluster.objects import DirectoryStore, StoreError, content_key, open_store
+
+KEY = "0d4c/1/0-Zm9v_-.png"
+
+NOT_KEYS = [
+    "",
+    "/",
+    "/etc/passwd",
+    "../secret",
+    "a/../../secret",
+    "a/..",
+    "a//b",
+    "a/",
+    "./a",
+    ".hidden",
+    "a/.hidden",
+    "a\0b",
+    "a\nb",
+    "a\n",
+    "a b",
+    "a\\b",
+    "a%2e%2e",
+    "a:b",
+    "ä",
+    "-a",
+    "a" * 201,
+]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "outputs"
+
+
+@pytest.fixture
+def store(root: Path) -> DirectoryStore:
+    return DirectoryStore(root)
+
+
+def files_below(root: Path) -> list[str]:
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+def test_what_is_put_can_be_fetched(store: DirectoryStore, root: Path) -> None:
+    assert not store.exists(KEY)
+    store.put(KEY, b"picture", "image/png")
+    assert store.exists(KEY)
+    assert store.get(KEY) == b"picture"
+    assert store.location(KEY) == str(root / KEY)
+    assert store.url(KEY, "http://host:8000") == f"http://host:8000/outputs/{KEY}"
+    assert store.local_path(KEY) == root / KEY
+    store.put(KEY, b"another", "image/png")
+    assert store.get(KEY) == b"another"
+    assert files_below(root) == [KEY]
+
+
+def test_what_is_not_there(store: DirectoryStore) -> None:
+    assert store.local_path(KEY) is None
+    store.delete("0d4c")
+    with pytest.raises(StoreError, match="No such file"):
+        store.get(KEY)
+
+
+@pytest.mark.parametrize("key", NOT_KEYS)
+def test_other_names_are_no_keys(store: DirectoryStore, root: Path, key: str) -> None:
+    (root.parent / "secret").write_text("secret")
+    assert store.local_path(key) is None
+    for use in (
+        store.get,
+        store.exists,
+        store.location,
+        store.delete,
+        lambda key: store.url(key, "http://h"),
+    ):
+        with pytest.raises(ValueError, match="not a key"):
+            use(key)
+    with pytest.raises(ValueError, match="not a key"):
+        store.put(key, b"", "text/plain")
+    assert [path.name for path in root.parent.iterdir()] == ["secret"]
+
+
+def test_only_files_of_the_store_are_served(store: DirectoryStore, root: Path, tmp_path: Path) -> None:
+    image = b"a control image"
+    store.put(content_key(image), image, "image/png")
+    assert store.get(content_key(image)) == image
+    assert store.local_path(content_key(image)) is None, "what clients sent"
+    store.put("job/0.png", b"", "image/png")
+    assert store.local_path("job") is None, "a folder"
+    (tmp_path / "secret").write_text("secret")
+    (root / "job" / "out").symlink_to(tmp_path / "secret")
+    assert store.local_path("job/out") is None, "a link that leaves the store"
+    (root / "job" / "in").symlink_to(root / "inputs")
+    assert store.local_path(f"job/in{content_key(image).removeprefix('inputs')}") is None
+
+
+def test_equal_images_have_one_key() -> None:
+    digest = hashlib.sha256(b"image").hexdigest()
+    assert content_key(b"image") == f"inputs/sha256/{digest[:2]}/{digest}"
+    assert content_key(b"image") != content_key(b"other")
+
+
+def test_a_store_may_lie_behind_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "outputs").symlink_to(tmp_path / "disk")
+    store = DirectoryStore(tmp_path / "outputs")
+    store.put(KEY, b"", "image/png")
+    assert store.local_path(KEY) == tmp_path / "disk" / KEY
+
+
+def test_delete_takes_what_lies_below_and_no_more(store: DirectoryStore, root: Path) -> None:
+    for key in ("job/1/0.png", "job/1/1.png", "job/2/0.png", "job2/1/0.png", "single.png"):
+        store.put(key, b"", "image/png")
+    store.delete("job/1")
+    store.delete("single.png")
+    assert files_below(root) == ["job/2/0.png", "job2/1/0.png"]
+    store.delete("job")
+    assert files_below(root) == ["job2/1/0.png"]
+
+
+def test_a_write_that_fails_leaves_nothing_behind(store: DirectoryStore, root: Path) -> None:
+    """The limit on the size of files stands for a full disk: the kernel takes the first part and no more."""
+    store.put(KEY, b"before", "image/png")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        for key in (KEY, "new/0.png"):
+            with pytest.raises(StoreError, match="File too large"):
+                store.put(key, bytes(200_000), "image/png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert store.get(KEY) == b"before"
+    assert files_below(root) == [KEY]
+
+
+def test_a_folder_is_not_replaced_by_an_object(store: DirectoryStore, root: Path) -> None:
+    store.put(KEY, b"before", "image/png")
+    with pytest.raises(StoreError):
+        store.put("0d4c/1", b"after", "image/png")
+    assert files_below(root) == [KEY]
+
+
+def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    store = DirectoryStore(tmp_path / "file")
+    with pytest.raises(StoreError):
+        store.put(KEY, b"", "image/png")
+    with pytest.raises(StoreError):
+        store.get(KEY)
+    assert not store.exists(KEY)
+    assert store.local_path(KEY) is None
+
+
+def test_readers_see_an_object_whole(store: DirectoryStore) -> None:
+    """One thread replaces an object again and again; another never sees half of it."""
+    bodies = [bytes([n]) * 200_000 for n in range(2)]
+    store.put(KEY, bodies[0], "image/png")
+    done = threading.Event()
+
+    def write() -> None:
+        for n in range(30):
+            store.put(KEY, bodies[n % 2], "image/png")
+        done.set()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    while not done.is_set():
+        assert store.get(KEY) in bodies
+    thread.join()
+
+
+def test_where_a_store_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for url, root in [
+        ("file://var/outputs", tmp_path / "var/outputs"),
+        ("var/outputs", tmp_path / "var/outputs"),
+        (f"file://{tmp_path}/abs", tmp_path / "abs"),
+        (f"{tmp_path}/abs", tmp_path / "abs"),
+    ]:
+        assert open_store(url).location("a.png") == str(root / "a.png")
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/prefix", "https://user:s3cret@host/a", "", "file://"])
+def test_other_stores_are_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="file://PATH") as refusal:
+        open_store(url)
+    assert "s3cret" not in str(refusal.value)

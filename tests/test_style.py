@@ -1,0 +1,35 @@
+"""The whole tree passes the linters, and imports stay light."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PYRIGHT = ["pyright", "--pythonpath", sys.executable]
+
+
+@pytest.mark.parametrize("command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], PYRIGHT])
+def test_the_tree_is_clean(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "module", ["serve_app", "serve_app.gateway", "serve_app.cli", "deployments.catalog", "deployments.worker"]
+)
+def test_import_loads_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit(sorted({{'torch', 'diffusers'}} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_imports_go_one_way() -> None:
+    above = {"cluster": ("deployments", "serve_app"), "deployments": ("serve_app",)}
+    for package, forbidden in above.items():
+        for source in (ROOT / package).rglob("*.py"):
+            for line in source.read_text(encoding="utf-8").splitlines():
+                words = line.split()
+                if words[:1] in (["import"], ["from"]):
+                    assert not words[1].startswith(forbidden), f"{source}: {line}"
