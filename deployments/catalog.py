@@ -1,0 +1,167 @@
+"""One frozen row per model id: everything about a model that is data. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A repository in diffusers layout; `variant` names the file variant that the reference loads."""
+
+    repo: str
+    revision: str = "main"
+    variant: str | None = None
+    gated: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlImages:
+    """How many control images a prompt takes. With `most` 0, images sent are ignored, with a warning."""
+
+    least: int = 0
+    most: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """One model id.
+
+    `pipeline` and the scheduler's class are diffusers class names; `scheduler` replaces the repository's own.
+    Defaults are the reference server's: sizes in pixels, floored to `divisor` in requests. `arguments` names
+    the function of the family's module in `pipelines` that adds arguments to the pipeline's call.
+    `memory_gib` is the size of each part in bfloat16. `licence` is the SPDX name or the licence's own.
+    """
+
+    id: str
+    family: str
+    title: str
+    pipeline: str
+    checkpoint: Checkpoint
+    steps: int
+    guidance: float
+    divisor: int
+    width: int = 1024
+    height: int = 1024
+    scheduler: tuple[str, Mapping[str, Any]] | None = None
+    load_options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    negative_prompt: bool = True
+    control_images: ControlImages = ControlImages()
+    arguments: str | None = None
+    memory_gib: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    licence: str = ""
+
+
+FLOW_SHIFT_3: tuple[str, Mapping[str, Any]] = (
+    "FlowMatchEulerDiscreteScheduler",
+    MappingProxyType({"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": False}),
+)
+"""Z-Image's schedule as the trainer trains and samples it, whatever the repository says."""
+
+TRAINER_DDPM: tuple[str, Mapping[str, Any]] = (
+    "DDPMScheduler",
+    MappingProxyType(
+        {
+            "num_train_timesteps": 1000,
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "clip_sample": False,
+            "prediction_type": "epsilon",
+            "steps_offset": 0,
+            "timestep_spacing": "leading",
+        }
+    ),
+)
+"""The trainer's `ddpm` sampler: stochastic, its noise comes from the prompt's own generator."""
+
+_ROWS = (
+    ModelSpec(
+        id="flux",
+        family="flux",
+        title="FLUX.1 [dev]",
+        pipeline="FluxPipeline",
+        checkpoint=Checkpoint(repo="black-forest-labs/FLUX.1-dev", gated=True),
+        steps=25,
+        guidance=4.0,
+        divisor=16,
+        negative_prompt=False,
+        memory_gib={"transformer": 22.2, "text_encoder_2": 8.9, "text_encoder": 0.2, "vae": 0.16},
+        licence="FLUX.1 [dev] Non-Commercial",
+    ),
+    ModelSpec(
+        id="flux_kontext",
+        family="flux",
+        title="FLUX.1 Kontext [dev]",
+        pipeline="FluxKontextPipeline",
+        checkpoint=Checkpoint(repo="black-forest-labs/FLUX.1-Kontext-dev", gated=True),
+        steps=25,
+        guidance=4.0,
+        divisor=16,
+        negative_prompt=False,
+        control_images=ControlImages(least=1, most=1),
+        arguments="edit_arguments",
+        memory_gib={"transformer": 22.2, "text_encoder_2": 8.9, "text_encoder": 0.2, "vae": 0.16},
+        licence="FLUX.1 [dev] Non-Commercial",
+    ),
+    ModelSpec(
+        id="sd15",
+        family="sd",
+        title="Stable Diffusion 1.5",
+        pipeline="StableDiffusionPipeline",
+        checkpoint=Checkpoint(repo="stable-diffusion-v1-5/stable-diffusion-v1-5", variant="fp16"),
+        scheduler=TRAINER_DDPM,
+        # The checker turns flagged pictures black; the trainer's previews have none.
+        load_options={"safety_checker": None, "requires_safety_checker": False},
+        steps=25,
+        guidance=6.0,
+        divisor=8,
+        memory_gib={"unet": 1.6, "text_encoder": 0.23, "vae": 0.16},
+        licence="CreativeML OpenRAIL-M",
+    ),
+    ModelSpec(
+        id="sdxl",
+        family="sd",
+        title="Stable Diffusion XL",
+        pipeline="StableDiffusionXLPipeline",
+        checkpoint=Checkpoint(repo="stabilityai/stable-diffusion-xl-base-1.0", variant="fp16"),
+        scheduler=TRAINER_DDPM,
+        load_options={"add_watermarker": False},
+        steps=30,
+        guidance=5.0,
+        divisor=8,
+        memory_gib={"unet": 4.8, "text_encoder_2": 1.29, "text_encoder": 0.23, "vae": 0.16},
+        licence="CreativeML Open RAIL++-M",
+    ),
+    ModelSpec(
+        id="zimage",
+        family="zimage",
+        title="Z-Image",
+        pipeline="ZImagePipeline",
+        checkpoint=Checkpoint(repo="Tongyi-MAI/Z-Image"),
+        scheduler=FLOW_SHIFT_3,
+        steps=30,
+        guidance=4.0,
+        divisor=32,
+        memory_gib={"transformer": 11.5, "text_encoder": 7.5, "vae": 0.16},
+        licence="Apache-2.0",
+    ),
+    ModelSpec(
+        id="zimage_turbo",
+        family="zimage",
+        title="Z-Image Turbo",
+        pipeline="ZImagePipeline",
+        checkpoint=Checkpoint(repo="Tongyi-MAI/Z-Image-Turbo"),
+        steps=8,
+        guidance=1.0,
+        divisor=32,
+        memory_gib={"transformer": 11.5, "text_encoder": 7.5, "vae": 0.16},
+        licence="Apache-2.0",
+    ),
+)
+
+CATALOG: Mapping[str, ModelSpec] = MappingProxyType({row.id: row for row in _ROWS})
+"""Every model id that this service serves, in the order of the catalogue."""

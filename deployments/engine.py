@@ -1,0 +1,215 @@
+"""One warm pipeline: a prompt in, pixels out. The whole numeric path, usable without Ray.
+
+Equal inputs give equal pictures: noise comes from a CPU generator that is made anew for each prompt, kernels
+are deterministic, and the global random state is neither read nor changed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Protocol
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+
+from cluster.jobs import Phase
+from deployments.catalog import ModelSpec
+from deployments.checkpoints import Checkpoints, Located
+from deployments.loras.adapters import Adapters
+from deployments.loras.references import LoraFile
+from deployments.media import Media
+from deployments.render import PromptSpec
+
+ADAPTER_BYTES = 8 * 2**30
+"""Default room for resident adapters on the device: about 50 of rank 16 for FLUX.1 in bfloat16."""
+
+OFFLOADS = ("none", "model", "sequential")
+
+
+class Observer(Protocol):
+    """Who follows a prompt; an exception from either method ends it and leaves the engine usable."""
+
+    def on_phase(self, phase: Phase) -> None:
+        """Report that a phase begins: ENCODE, STEP when the first step is done, DECODE after the last."""
+        ...
+
+    def on_step(self, done: int, total: int) -> None:
+        """Report that `done` of `total` denoising steps are done."""
+        ...
+
+
+class Engine:
+    """One model's pipeline on one device. For one thread only.
+
+    `device` is "cpu" or a CUDA device; `offload` is diffusers' own (none, model, sequential) and does nothing
+    on the CPU; `adapter_bytes` bounds the resident adapters, of which those in use are never dropped.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        checkpoints: Checkpoints,
+        *,
+        device: str,
+        offload: str = "none",
+        adapter_bytes: int = ADAPTER_BYTES,
+    ) -> None:
+        if offload not in OFFLOADS:
+            raise ValueError(f"offload is {offload!r}; it must be one of {', '.join(OFFLOADS)}")
+        self.spec = spec
+        self._checkpoints = checkpoints
+        self._device = torch.device(device)
+        self._offload = offload
+        self._adapter_bytes = adapter_bytes
+        self._pipeline: Any = None
+        self._located: Located | None = None
+        self._adapters: Adapters | None = None
+
+    def load(self) -> None:
+        """Load the pipeline to the device, every part in the compute dtype.
+
+        Raises `JobFailure` (MODEL_LOAD_FAILED) for a checkpoint that cannot be had, and what diffusers raises
+        for files that are not what they should be.
+        """
+        _be_deterministic()
+        absent = [name for name, value in self.spec.load_options.items() if value is None]
+        self._located = self._checkpoints.locate(self.spec.checkpoint, without=absent)
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        # Transformers initialises some parts at random before it reads their weights.
+        with torch.random.fork_rng(devices=[]):
+            pipeline = getattr(diffusers, self.spec.pipeline).from_pretrained(
+                self._located.directory,
+                variant=self._located.variant,
+                dtype=self._dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                **self.spec.load_options,
+            )
+        if self.spec.scheduler:
+            # Not through the constructor: the one of Stable Diffusion 1.5 changes `steps_offset` 0 to 1.
+            class_name, config = self.spec.scheduler
+            pipeline.scheduler = getattr(diffusers, class_name)(**config)
+        pipeline.set_progress_bar_config(disable=True)
+        self._place(pipeline)
+        self._pipeline = pipeline
+        self._adapters = Adapters(pipeline, self._device, self._adapter_bytes)
+
+    def use(self, loras: Sequence[tuple[LoraFile, float]]) -> list[str]:
+        """Make exactly these adapters active with these multipliers; returns warnings of partial matches.
+
+        Raises `JobFailure`: LORA_FORMAT_NOT_SUPPORTED, LORA_NO_MATCH, or LORA_NOT_FOUND for a file that went
+        away. What was active stays so then.
+        """
+        return self._loaded_adapters.activate(loras)
+
+    def render(self, prompt: PromptSpec, controls: Sequence[Image.Image], observer: Observer) -> Media:
+        """Render one prompt with the active adapters. Models without control images ignore `controls`."""
+
+        def after_step(_pipeline: object, step: int, *_: object) -> dict[str, Any]:
+            if step == 0:
+                observer.on_phase(Phase.STEP)
+            observer.on_step(step + 1, self._pipeline.num_timesteps)
+            if step + 1 == self._pipeline.num_timesteps:
+                observer.on_phase(Phase.DECODE)
+            return {}
+
+        observer.on_phase(Phase.ENCODE)
+        with torch.inference_mode():
+            output = self._pipeline(
+                **self._arguments(prompt, controls), callback_on_step_end=after_step, output_type="np"
+            )
+        return Media((output.images[0] * 255).round().astype(np.uint8))
+
+    @property
+    def warm(self) -> frozenset[str]:
+        """The sha256 of each resident adapter."""
+        return self._adapters.resident if self._adapters else frozenset()
+
+    def drop_adapters(self) -> None:
+        """Forget every adapter, active ones too, and give their memory back to the device."""
+        self._loaded_adapters.drop()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def probe(self) -> None:
+        """Raise if the device no longer computes: a CUDA context stays broken after a kernel fault."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        if torch.ones(1, device=self._device).add(1).item() != 2:
+            raise RuntimeError("the device computes wrong results")
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a manifest says about model, software and device."""
+        cuda = self._device.type == "cuda"
+        return {
+            "model": self.spec.id,
+            "checkpoint": self.spec.checkpoint.repo,
+            "revision": self._located.revision if self._located else None,
+            "versions": {name: _version(name) for name in _PACKAGES},
+            "device": torch.cuda.get_device_name(self._device) if cuda else self._device.type,
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "offload": self._offload,
+        }
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """As the reference: bfloat16 where the GPU has it, else float16; float32 on the CPU."""
+        if self._device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+    @property
+    def _loaded_adapters(self) -> Adapters:
+        if self._adapters is None:
+            raise RuntimeError("the engine is not loaded")
+        return self._adapters
+
+    def _place(self, pipeline: Any) -> None:  # noqa: ANN401 - any diffusers pipeline
+        if self._device.type == "cpu" or self._offload == "none":
+            pipeline.to(self._device)
+        elif self._offload == "model":
+            pipeline.enable_model_cpu_offload(device=self._device)
+        else:
+            pipeline.enable_sequential_cpu_offload(device=self._device)
+
+    def _arguments(self, prompt: PromptSpec, controls: Sequence[Image.Image]) -> dict[str, Any]:
+        arguments: dict[str, Any] = {
+            "prompt": prompt.prompt,
+            "width": prompt.width,
+            "height": prompt.height,
+            "num_inference_steps": prompt.steps,
+            "guidance_scale": prompt.guidance,
+            "generator": torch.Generator("cpu").manual_seed(prompt.seed),
+        }
+        if self.spec.negative_prompt:
+            # Always a string: to the SD pipelines, none at all means another embedding than an empty one.
+            arguments["negative_prompt"] = prompt.neg
+        if self.spec.arguments:
+            family = importlib.import_module(f"deployments.pipelines.{self.spec.family}")
+            arguments |= getattr(family, self.spec.arguments)(prompt, controls)
+        return arguments
+
+
+_PACKAGES = ("lora-serve", "torch", "diffusers", "transformers")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _be_deterministic() -> None:
+    """Choose kernels that give the same bits each time. The workspace is read when cuBLAS starts."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True

@@ -1,0 +1,134 @@
+"""A whole job on one engine: LoRAs in, one picture per prompt out, each with its manifest.
+
+Workers and `lora-serve render` share this path, so a mismatch can be hunted without a cluster.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+import torch
+from PIL import Image
+
+from cluster.jobs import FailureCode, JobFailure, Phase
+from cluster.objects import ObjectStore
+from deployments.engine import Engine, Observer
+from deployments.loras.references import LoraFile, LoraReferenceError, open_lora
+from deployments.media import ImageRejected, Media, decode_control
+from deployments.render import LoraSpec, PromptSpec, RenderSpec
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_Weighted: TypeAlias = list[tuple[LoraFile, float]]
+
+
+class JobObserver(Observer, Protocol):
+    """Who follows a whole job; may raise from any method to end it."""
+
+    def begin_prompt(self, index: int) -> None:
+        """Prompt `index` is next."""
+        ...
+
+
+@dataclass(slots=True)
+class Report:
+    """What a job tells beside its outputs: warnings, seconds by part, and the sha256 of its adapters."""
+
+    warnings: list[str] = field(default_factory=list)
+    timings: dict[str, Any] = field(default_factory=dict)
+    adapters: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """One prompt's media before any encoding, and what produced it."""
+
+    index: int
+    media: Media
+    manifest: Mapping[str, Any]
+
+
+def render_job(
+    engine: Engine,
+    spec: RenderSpec,
+    *,
+    loras: Path,
+    store: ObjectStore,
+    observer: JobObserver,
+    report: Report,
+    skip: Collection[int] = (),
+) -> Iterator[Rendered]:
+    """Render the prompts of `spec` in order, without those in `skip`.
+
+    `loras` is the LoRA root, `store` holds the control images. Warnings and timings are added to `report`.
+    Raises `JobFailure` where the job itself is at fault or the device has no room, and whatever the
+    observer raises.
+    """
+    observer.on_phase(Phase.FETCH)
+    begun = time.monotonic()
+    chosen = [(_open(loras, lora), lora) for lora in spec.loras]
+    report.adapters = frozenset(file.sha256 for file, _ in chosen)
+    observer.on_phase(Phase.LOAD)
+    fetched = time.monotonic()
+    weighted = [(file, lora.multiplier) for file, lora in chosen]
+    report.warnings += _fitting(engine, "the LoRA", partial(engine.use, weighted))
+    report.timings |= {"fetch": fetched - begun, "adapters": time.monotonic() - fetched, "prompts": []}
+    for index, prompt in enumerate(spec.prompts):
+        if index in skip:
+            continue
+        observer.begin_prompt(index)
+        controls = [_control(store, key) for key in prompt.controls]
+        started = time.monotonic()
+        render = partial(_render, engine, weighted, prompt, controls, observer)
+        media = _fitting(engine, f"{prompt.width}x{prompt.height}", render)
+        report.timings["prompts"].append(time.monotonic() - started)
+        yield Rendered(index, media, _manifest(engine, prompt, chosen))
+
+
+def _open(root: Path, lora: LoraSpec) -> LoraFile:
+    try:
+        return open_lora(root, lora.path)
+    except LoraReferenceError as error:
+        raise JobFailure(FailureCode(error.code), str(error)) from error
+
+
+def _control(store: ObjectStore, key: str) -> Image.Image:
+    try:
+        # The gateway has bounded its pixels before it stored it.
+        return decode_control(store.get(key), max_pixels=Image.MAX_IMAGE_PIXELS or 0)
+    except ImageRejected as error:
+        raise JobFailure(FailureCode.CONTROL_IMAGE_INVALID, str(error)) from error
+
+
+def _render(
+    engine: Engine, weighted: _Weighted, prompt: PromptSpec, controls: list[Image.Image], observer: Observer
+) -> Media:
+    engine.use(weighted)  # Free unless a lack of memory has dropped them.
+    return engine.render(prompt, controls, observer)
+
+
+def _fitting(engine: Engine, what: str, action: Callable[[], _T]) -> _T:
+    """Run `action`; where the device has no room for it, drop all adapters and run it once more."""
+    try:
+        return action()
+    except torch.OutOfMemoryError:
+        logger.warning("out of device memory for %s; adapters are dropped for a second try", what)
+    # Outside of the handler: the exception's frames hold the tensors that have to go.
+    engine.drop_adapters()
+    try:
+        return action()
+    except torch.OutOfMemoryError as error:
+        message = f"there is no room for {what} in the memory of the device"
+        raise JobFailure(FailureCode.OUT_OF_MEMORY, message) from error
+
+
+def _manifest(engine: Engine, prompt: PromptSpec, chosen: list[tuple[LoraFile, LoraSpec]]) -> dict[str, Any]:
+    used = [{**lora.model_dump(exclude_none=True), "sha256": file.sha256} for file, lora in chosen]
+    return {**engine.describe(), "loras": used, "parameters": prompt.model_dump()}

@@ -1,0 +1,103 @@
+"""Tiny checkpoints with made-up weights: a real pipeline end to end without a GPU, a hub or an account.
+
+One mechanism for the demo and for the parity tests: configs and tokenizers are files, weights follow a rule
+that needs no stored bytes, so that everybody who runs it gets the same model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import zlib
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.utils.constants import SAFETENSORS_WEIGHTS_NAME as DIFFUSERS_WEIGHTS
+from safetensors.torch import save_file, save_model
+from transformers.utils import SAFE_WEIGHTS_NAME as TRANSFORMERS_WEIGHTS
+
+TINY_FLUX = Path(__file__).parent / "tiny_flux"
+"""Configs and tokenizers of a FLUX.1 of two double and two single blocks, 32 wide."""
+
+_RANK = 4
+
+
+def materialize(source: Path, target: Path) -> None:
+    """Write a checkpoint in diffusers layout, float32 safetensors, from one that has configs but no weights.
+
+    `source` holds `model_index.json` and a folder per component. The global random state is left as it was.
+    """
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    for name, entry in json.loads((source / "model_index.json").read_text()).items():
+        match entry:
+            case ["diffusers" | "transformers" as library, str(class_name)]:
+                _materialize_component(library, class_name, target / name)
+
+
+def write_tiny_checkpoints(target: Path) -> None:
+    """Write tiny stand-ins of FLUX.1-dev and FLUX.1-Kontext-dev as `org--name` folders below `target`."""
+    for name, pipeline in (("FLUX.1-dev", "FluxPipeline"), ("FLUX.1-Kontext-dev", "FluxKontextPipeline")):
+        folder = target / f"black-forest-labs--{name}"
+        materialize(TINY_FLUX, folder)
+        index = folder / "model_index.json"
+        index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": pipeline}, indent=2))
+
+
+def write_tiny_lora(path: Path, seed: int) -> None:
+    """Write a LoRA of rank 4 for the tiny FLUX.1, bfloat16, in the key format of the trainer."""
+    config = json.loads((TINY_FLUX / "transformer" / "config.json").read_text())
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(**{key: config[key] for key in config if key[0] != "_"})
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, module in transformer.named_modules():
+        if isinstance(module, torch.nn.Linear) and "transformer_blocks." in name:
+            down = torch.randn(_RANK, module.in_features, generator=generator) / math.sqrt(module.in_features)
+            up = torch.randn(module.out_features, _RANK, generator=generator) / math.sqrt(_RANK)
+            tensors[f"transformer.{name}.lora_A.weight"] = down.bfloat16()
+            tensors[f"transformer.{name}.lora_B.weight"] = up.bfloat16()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One entry of metadata: safetensors writes several in no fixed order, and the file's hash is its name.
+    save_file(tensors, path, metadata={"ss_base_model_version": "flux.1"})
+
+
+def _materialize_component(library: str, class_name: str, folder: Path) -> None:
+    if not (folder / "config.json").exists():
+        return  # Schedulers and tokenizers have no weights.
+    with torch.random.fork_rng(devices=[]):
+        if library == "diffusers":
+            model_class = getattr(diffusers, class_name)
+            component, file = model_class.from_config(model_class.load_config(folder)), DIFFUSERS_WEIGHTS
+        else:
+            model_class = getattr(transformers, class_name)
+            config = model_class.config_class.from_pretrained(folder, dtype=torch.float32)
+            component, file = model_class(config), TRANSFORMERS_WEIGHTS
+    _fill_weights(component)
+    save_model(component, str(folder / file), metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def _fill_weights(model: torch.nn.Module) -> None:
+    """Replace every floating-point parameter, in place, by numbers that its name alone decides.
+
+    With `r` standard normal, seeded by the crc32 of the name: `r / sqrt(fan_in)` for two and more dimensions,
+    `1 + 0.1 r` for scales, `0.1 r` for the rest. A tied parameter takes the values of its first name.
+    """
+    done: set[int] = set()
+    for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
+        if not parameter.is_floating_point() or id(parameter) in done:
+            continue
+        done.add(id(parameter))
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+        if parameter.dim() >= 2:
+            values /= math.sqrt(math.prod(parameter.shape[1:]))
+        else:
+            values *= 0.1
+            if name.endswith(("weight", "gamma", "scale")):
+                values += 1
+        parameter.copy_(values)

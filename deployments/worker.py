@@ -1,0 +1,94 @@
+"""The Serve deployment of one model id: its replicas claim jobs themselves and answer no calls.
+
+Ray Serve starts, scales, checks and drains replicas; jobs live in the table, where a replica's death loses
+none. This module imports no torch: the builder, the controller and the `serve` command line load it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import uuid
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+from ray import serve
+
+from cluster.database import jobs_url
+from cluster.objects import open_store
+from cluster.queue import JobQueue
+from cluster.telemetry import configure_logging
+from deployments.catalog import CATALOG
+from deployments.heartbeat import Heartbeat
+
+RELEASE_MARGIN_S = 30.0
+"""Grace left at which a draining replica hands its running job back instead of being killed with it."""
+
+
+class WorkerConfig(BaseModel):
+    """What a worker needs to know; paths are those of its node, relative to Ray's working directory."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    jobs: str
+    outputs: str
+    loras: Path
+    checkpoints: Path | None
+    model_cache: Path | None
+    device: str
+    offload: str
+    inference_timeout_s: float
+    lease_s: float
+    adapter_bytes: int
+
+
+class Worker:
+    """One replica: a warm pipeline of `model` and the threads that claim, render, publish and beat."""
+
+    async def __init__(self, model: str, config: WorkerConfig) -> None:  # type: ignore[misc]
+        configure_logging()
+        self._owner = f"{model}@{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self._queue = JobQueue(
+            jobs_url(config.jobs), lease_s=config.lease_s, run_timeout_s=config.inference_timeout_s
+        )
+        self._heartbeat = Heartbeat(
+            self._queue, self._owner, model, warm=lambda: self._loop.warm, lease_s=config.lease_s
+        )
+        # Torch and diffusers take seconds to import; the replica has announced itself by then.
+        from deployments.checkpoints import Checkpoints
+        from deployments.claiming import ClaimLoop
+        from deployments.engine import Engine
+
+        engine = Engine(
+            CATALOG[model],
+            Checkpoints(config.checkpoints, config.model_cache),
+            device=config.device,
+            offload=config.offload,
+            adapter_bytes=config.adapter_bytes,
+        )
+        self._loop = ClaimLoop(
+            engine,
+            self._queue,
+            open_store(config.outputs),
+            self._heartbeat,
+            owner=self._owner,
+            loras=config.loras,
+        )
+        self._heartbeat.start()
+        self._loop.start()
+        # Serve counts the replica as running from here on, so a rolling update keeps the old one until then.
+        await asyncio.to_thread(self._loop.loaded.wait)
+
+    def check_health(self) -> None:
+        """Raise when leases are no longer renewed; a stuck or broken loop ends the process by itself."""
+        if not self._heartbeat.alive:
+            raise RuntimeError("the heartbeat thread has ended")
+
+    async def __del__(self) -> None:
+        """Drain: claim nothing more, finish what runs, or release it while there is time to write."""
+        grace_s = serve.get_replica_context()._deployment_config.graceful_shutdown_timeout_s
+        patience_s = grace_s - min(RELEASE_MARGIN_S, grace_s / 2)
+        await asyncio.to_thread(self._loop.drain, patience_s)
+        self._heartbeat.close()
+        self._queue.close()

@@ -1,0 +1,284 @@
+"""Residency, switching and refusal of adapters on real, tiny pipelines."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cluster.jobs import FailureCode, JobFailure
+from deployments.loras.references import LoraFile, open_lora
+from deployments.tiny import write_tiny_lora
+from tests.studio import Studio, largest_difference
+
+Get = Callable[..., Studio]
+
+LAYER = "transformer.single_transformer_blocks.0.attn.to_q"
+"""A linear layer of the tiny FLUX.1 with 32 inputs and 32 outputs."""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[LoraFile]:
+    folder = tmp_path_factory.mktemp("loras")
+    for seed in range(3):
+        write_tiny_lora(folder / f"{seed}.safetensors", seed)
+    return [open_lora(folder, f"{seed}.safetensors") for seed in range(3)]
+
+
+def made(folder: Path, tensors: dict[str, torch.Tensor], name: str = "made.safetensors") -> LoraFile:
+    save_file(tensors, folder / name)
+    return open_lora(folder, name)
+
+
+def pair(stem: str = LAYER, rank: int = 2, size: int = 32) -> dict[str, torch.Tensor]:
+    return {f"{stem}.lora_A.weight": torch.ones(rank, size), f"{stem}.lora_B.weight": torch.ones(size, rank)}
+
+
+def weights_of(studio: Studio) -> str:
+    """A digest of every parameter and buffer of the pipeline, by name."""
+    digest = hashlib.sha256()
+    for component, model in studio.engine._pipeline.components.items():
+        if isinstance(model, torch.nn.Module):
+            for name, tensor in model.state_dict().items():
+                digest.update(f"{component}.{name}".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_the_least_recently_used_adapter_goes(new_studio: Get, files: list[LoraFile]) -> None:
+    a, b, c = files
+    # In memory the weights have the model's float32, whatever the file has.
+    size = sum(4 * tensor.numel() for tensor in load_file(a.path).values())
+    engine = new_studio("flux", adapter_bytes=2 * size).engine
+    engine.use([(a, 1.0)])
+    engine.use([(b, 1.0)])
+    assert engine.warm == {a.sha256, b.sha256}
+    engine.use([(a, 0.5)])
+    engine.use([(c, 1.0)])
+    assert engine.warm == {a.sha256, c.sha256}
+
+
+def test_adapters_in_use_are_kept_whatever_their_size(new_studio: Get, files: list[LoraFile]) -> None:
+    studio = new_studio("flux", adapter_bytes=0)
+    studio.engine.use([(file, 1.0) for file in files])
+    assert studio.engine.warm == {file.sha256 for file in files}
+    together = studio.picture()
+    studio.engine.use([(files[0], 1.0)])
+    alone = studio.picture()
+    studio.engine.use([(files[1], 1.0)])
+    assert studio.engine.warm == {files[1].sha256}
+    studio.engine.use([(file, 1.0) for file in files])
+    assert np.array_equal(studio.picture(), together)
+    assert not np.array_equal(alone, together)
+
+
+def test_a_switch_to_a_resident_adapter_needs_no_file(new_studio: Get, tmp_path: Path) -> None:
+    studio = new_studio("flux")
+    for seed in range(2):
+        write_tiny_lora(tmp_path / f"{seed}.safetensors", seed)
+    a, b = (open_lora(tmp_path, f"{seed}.safetensors") for seed in range(2))
+    studio.engine.use([(a, 1.0)])
+    first = studio.picture()
+    studio.engine.use([(b, 1.0)])
+    a.path.unlink()
+    b.path.unlink()
+    studio.engine.use([(a, 1.0)])
+    assert np.array_equal(studio.picture(), first)
+
+
+def test_dropped_adapters_change_nothing_any_more(new_studio: Get, files: list[LoraFile]) -> None:
+    studio = new_studio("flux")
+    plain = studio.picture()
+    studio.engine.use([(files[0], 1.0)])
+    adapted = studio.picture()
+    studio.engine.drop_adapters()
+    assert studio.engine.warm == frozenset()
+    assert np.array_equal(studio.picture(), plain)
+    studio.engine.use([(files[0], 1.0)])
+    assert np.array_equal(studio.picture(), adapted)
+
+
+def test_the_same_file_twice_counts_twice(studio: Get, tmp_path: Path) -> None:
+    used = studio("flux")
+    file = made(tmp_path, {name: tensor / 8 for name, tensor in pair().items()})
+    used.engine.use([(file, 0.5), (file, 0.25)])
+    twice = used.picture()
+    used.engine.use([(file, 0.75)])
+    assert largest_difference(twice, used.picture()) <= 1
+
+
+def test_a_replaced_file_is_another_adapter(studio: Get, tmp_path: Path) -> None:
+    used = studio("flux")
+    pictures = []
+    for seed in range(2):
+        write_tiny_lora(tmp_path / "a.safetensors", seed)
+        used.engine.use([(open_lora(tmp_path, "a.safetensors"), 1.0)])
+        pictures.append(used.picture())
+    assert not np.array_equal(*pictures)
+
+
+def test_a_file_replaced_before_it_is_read_is_not_taken_for_the_first(studio: Get, tmp_path: Path) -> None:
+    used = studio("flux")
+    file = made(tmp_path, pair())
+    made(tmp_path, pair(rank=3))
+    with pytest.raises(JobFailure, match="changed") as caught:
+        used.engine.use([(file, 1.0)])
+    assert (caught.value.code, caught.value.retry) == (FailureCode.LORA_NOT_FOUND, True)
+    file.path.unlink()
+    with pytest.raises(JobFailure) as caught:
+        used.engine.use([(file, 1.0)])
+    assert caught.value.code is FailureCode.LORA_NOT_FOUND
+
+
+def test_some_modules_without_a_layer_are_a_warning(new_studio: Get, tmp_path: Path) -> None:
+    engine = new_studio("sdxl").engine
+    layer = "lora_unet_mid_block_resnets_0_time_emb_proj"
+    shape = engine._pipeline.unet.mid_block.resnets[0].time_emb_proj.weight.shape
+    tensors = {
+        f"{layer}.lora_down.weight": torch.ones(1, shape[1]),
+        f"{layer}.lora_up.weight": torch.ones(shape[0], 1),
+    }
+    for name in ("lora_unet_nothing", "lora_te1_nothing_here", "lora_te3_nothing"):
+        tensors |= {f"{name}.lora_down.weight": torch.ones(1, 8), f"{name}.lora_up.weight": torch.ones(8, 1)}
+    file = made(tmp_path, tensors)
+    for _ in range(2):
+        (warning,) = engine.use([(file, 1.0)])
+        for words in (
+            "1 of 2 of unet",
+            "1 of 1 of text_encoder,",
+            "1 of 1 of text_encoder_3",
+            "lora_te1_nothing_here",
+        ):
+            assert words in warning
+    assert engine.use([]) == []
+
+
+def broken(**changed: Any) -> dict[str, torch.Tensor]:
+    """A sound pair with other tensors under some suffixes; none takes a suffix away."""
+    tensors = pair() | {
+        f"{LAYER}.{suffix.replace('_weight', '.weight')}": value for suffix, value in changed.items()
+    }
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+REFUSED = {
+    "NaN": (broken(lora_A_weight=torch.full((2, 32), torch.nan)), "infinite or no numbers"),
+    "infinite": (broken(lora_B_weight=torch.full((32, 2), torch.inf)), "infinite or no numbers"),
+    "rank mismatch": (broken(lora_B_weight=torch.ones(32, 3)), "make no LoRA"),
+    "rank 0": (broken(lora_A_weight=torch.ones(0, 32), lora_B_weight=torch.ones(32, 0)), "make no LoRA"),
+    "one dimension": (broken(lora_A_weight=torch.ones(32)), "make no LoRA"),
+    "three dimensions": (broken(lora_A_weight=torch.ones(2, 4, 8)), "make no LoRA"),
+    "integers": (broken(lora_A_weight=torch.ones(2, 32, dtype=torch.int8)), "no floating-point"),
+    "no up": (broken(lora_B_weight=None), "incomplete"),
+    "alpha of two": (broken(alpha=torch.ones(2)), "alpha"),
+    "alpha NaN": (broken(alpha=torch.tensor(torch.nan)), "alpha"),
+    "LoRA and LoKr": (broken(lokr_w1=torch.ones(2, 2), lokr_w2=torch.ones(16, 16)), "incomplete"),
+    "half a LoKr": ({f"{LAYER}.lokr_w1": torch.ones(2, 2)}, "incomplete"),
+    "LoKr factors": (
+        {
+            f"{LAYER}.lokr_w1": torch.ones(2, 2),
+            f"{LAYER}.lokr_w2_a": torch.ones(16, 3),
+            f"{LAYER}.lokr_w2_b": torch.ones(2, 16),
+        },
+        "incomplete",
+    ),
+    "LoKr of three dimensions": (
+        {f"{LAYER}.lokr_w1": torch.ones(2, 2, 1), f"{LAYER}.lokr_w2": torch.ones(16, 16)},
+        "LoKr factor of shape",
+    ),
+    "twice": (pair() | pair(LAYER.replace("transformer.", "lora_unet_", 1).replace(".", "_")), "twice"),
+    "roles twice": (pair() | {f"{LAYER}.lora_A.other.weight": torch.ones(2, 32)}, "cannot be placed"),
+    "DoRA": (broken(magnitude=torch.ones(32)), "DoRA"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused_files_leave_everything_as_it_was(
+    studio: Get, files: list[LoraFile], tmp_path: Path, kind: str
+) -> None:
+    tensors, words = REFUSED[kind]
+    check_refused(
+        studio("flux"), files[0], made(tmp_path, tensors), FailureCode.LORA_FORMAT_NOT_SUPPORTED, words
+    )
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        (pair("transformer.nothing.of.this.kind"), "matches no layer"),
+        (pair("lora_unet_down_blocks_0_attentions_0_proj_in"), "matches no layer"),
+        (pair(size=64), "another model"),
+        (
+            {
+                f"{LAYER}.lora_A.weight": torch.ones(2, 32, 1, 1),
+                f"{LAYER}.lora_B.weight": torch.ones(32, 2, 1, 1),
+            },
+            "another",
+        ),
+        ({f"{LAYER}.lokr_w1": torch.ones(2, 2), f"{LAYER}.lokr_w2": torch.ones(8, 8)}, "another model"),
+    ],
+)
+def test_files_for_another_model(
+    studio: Get, files: list[LoraFile], tmp_path: Path, tensors: dict[str, torch.Tensor], words: str
+) -> None:
+    check_refused(studio("flux"), files[0], made(tmp_path, tensors), FailureCode.LORA_NO_MATCH, words)
+
+
+def check_refused(used: Studio, active: LoraFile, refused: LoraFile, code: FailureCode, words: str) -> None:
+    used.engine.use([(active, 1.0)])
+    picture, weights, warm = used.picture(), weights_of(used), used.engine.warm
+    with pytest.raises(JobFailure, match=words) as caught:
+        used.engine.use([(active, 0.5), (refused, 1.0)])
+    assert caught.value.code is code
+    assert (weights_of(used), used.engine.warm) == (weights, warm)
+    assert np.array_equal(used.picture(), picture)
+
+
+@pytest.mark.parametrize("model", ["flux", "sdxl", "zimage"])
+def test_base_weights_survive_any_sequence_of_switches(new_studio: Get, tmp_path: Path, model: str) -> None:
+    studio = new_studio(model, adapter_bytes=200_000)
+    weights, plain = weights_of(studio), studio.picture()
+    modules = [[name for name, _ in part.named_modules()] for part in models_of(studio)]
+    choice = random.Random(7)
+    usable = [open_lora(studio.loras, name) for name in studio.names]
+    usable += [
+        made(tmp_path, small_copy(file, rank), f"{rank}-{file.path.name}")
+        for file in usable
+        for rank in (1, 3)
+    ]
+    useless = made(tmp_path, pair("transformer.nothing"))
+    for _ in range(200):
+        chosen = [(file, choice.uniform(-2, 2)) for file in choice.sample(usable, choice.randint(0, 2))]
+        studio.engine.use(chosen)
+        if choice.random() < 0.1:
+            with pytest.raises(JobFailure):
+                studio.engine.use([*chosen, (useless, 1.0)])
+        if choice.random() < 0.02:
+            studio.picture()
+    studio.engine.use([])
+    assert weights_of(studio) == weights
+    assert [[name for name, _ in part.named_modules()] for part in models_of(studio)] == modules
+    assert all(len(module._forward_hooks) <= 1 for part in models_of(studio) for module in part.modules())
+    assert np.array_equal(studio.picture(), plain)
+
+
+def models_of(studio: Studio) -> list[torch.nn.Module]:
+    parts = studio.engine._pipeline.components.values()
+    return [part for part in parts if isinstance(part, torch.nn.Module)]
+
+
+def small_copy(file: LoraFile, rank: int) -> dict[str, torch.Tensor]:
+    """The tensors of a file with another rank: rows of the down and columns of the up matrices repeated."""
+    tensors = load_file(file.path)
+    for name, tensor in tensors.items():
+        if name.endswith((".lora_A.weight", ".lora_down.weight")):
+            tensors[name] = tensor[:1].repeat_interleave(rank, 0)
+        elif name.endswith((".lora_B.weight", ".lora_up.weight")):
+            tensors[name] = tensor[:, :1].repeat_interleave(rank, 1)
+    return tensors

@@ -1,0 +1,81 @@
+"""The golden cases: requests, the pictures that must come out, and the tiny checkpoints they run on.
+
+Each model id has a folder: `cases.json`, `*.npy` (uint8, H x W x 3, before any encoding), `lora/` as LoRA
+root, `repos.json` from repository to the folder with its configs and tokenizers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FOLDER = Path(__file__).parent
+
+MODELS = tuple(sorted(file.parent.name for file in FOLDER.glob("*/cases.json")))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request and its pictures, one per prompt; differences are in steps of 1/255."""
+
+    model: str
+    name: str
+    request: dict[str, Any]
+    files: tuple[Path, ...]
+    seeds: tuple[int, ...]
+    max_abs: float
+    mean_abs: float
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.name}"
+
+    @property
+    def loras(self) -> Path:
+        """The LoRA root of the request's paths."""
+        return FOLDER / self.model / "lora"
+
+    def check(self, pictures: Iterable[np.ndarray]) -> None:
+        """Assert that pictures in the order of the prompts are the expected ones, within the tolerance."""
+        for picture, file in zip(pictures, self.files, strict=True):
+            expected = np.load(file)
+            assert (picture.dtype, picture.shape) == (expected.dtype, expected.shape)
+            difference = np.abs(picture.astype(int) - expected.astype(int))
+            assert difference.max() <= self.max_abs, f"{self}: largest difference {difference.max()}"
+            assert difference.mean() <= self.mean_abs, f"{self}: mean difference {difference.mean()}"
+
+
+def load_cases() -> list[Case]:
+    """Return every case of every id; those of a sequence in its order, to be run in one process."""
+    return [case for model in MODELS for case in _load_model(model)]
+
+
+def _load_model(model: str) -> list[Case]:
+    entries = json.loads((FOLDER / model / "cases.json").read_text())
+    entries.sort(key=lambda entry: list(entry.get("sequence", {}).values()))
+    return [_case(model, entry) for entry in entries]
+
+
+def _case(model: str, entry: dict[str, Any]) -> Case:
+    expect = entry["expect"] if isinstance(entry["expect"], list) else [entry["expect"]]
+    return Case(
+        model=model,
+        name=entry["name"],
+        request=entry["request"],
+        files=tuple(FOLDER / model / one["file"] for one in expect),
+        seeds=tuple(one["seed"] for one in expect),
+        **entry["tolerance"],
+    )
+
+
+def write_mirror(target: Path) -> None:
+    """Write the tiny checkpoint of every repository as an `org--name` folder below `target`."""
+    from deployments.tiny import materialize
+
+    for file in sorted(FOLDER.glob("*/repos.json")):
+        for repo, folder in json.loads(file.read_text()).items():
+            materialize(file.parent / folder, target / repo.replace("/", "--"))

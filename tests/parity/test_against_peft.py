@@ -1,0 +1,93 @@
+"""Our adapters against diffusers' own loader and peft: another mechanism has to give the same pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deployments.catalog import CATALOG, ModelSpec
+from deployments.loras.references import open_lora
+from tests.parity.cases import FOLDER, MODELS
+from tests.studio import Studio, largest_difference
+
+FILES = [(model, file.name) for model in MODELS for file in sorted((FOLDER / model / "lora").iterdir())]
+
+
+def picture_by_peft(
+    spec: ModelSpec, checkpoints: Path, lora: Path, multiplier: float, call: dict[str, Any]
+) -> Any:
+    folder = checkpoints / spec.checkpoint.repo.replace("/", "--")
+    pipeline = getattr(diffusers, spec.pipeline).from_pretrained(
+        folder, dtype=torch.float32, **spec.load_options
+    )
+    if spec.scheduler:
+        pipeline.scheduler = getattr(diffusers, spec.scheduler[0])(**spec.scheduler[1])
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(load_file(lora), adapter_name="lora")
+    pipeline.set_adapters(["lora"], [multiplier])
+    images = pipeline(**call, output_type="np").images
+    return (images[0] * 255).round().astype(np.uint8)
+
+
+@pytest.fixture
+def both(checkpoints: Path, studio: Callable[[str], Studio]) -> Callable[[str, Path, float], tuple[Any, Any]]:
+    """Render one prompt on `model` with a LoRA file, by us and by peft."""
+
+    def render(model: str, lora: Path, multiplier: float) -> tuple[Any, Any]:
+        used = studio(model)
+        used.engine.use([(open_lora(lora.parent, lora.name), multiplier)])
+        call = used.engine._arguments(used.prompt(), used.controls)
+        return used.picture(), picture_by_peft(CATALOG[model], checkpoints, lora, multiplier, call)
+
+    return render
+
+
+@pytest.mark.parametrize(("model", "file"), FILES)
+@pytest.mark.parametrize("multiplier", [1.0, -0.7])
+def test_trainer_files(both: Any, model: str, file: str, multiplier: float) -> None:
+    ours, peft = both(model, FOLDER / model / "lora" / file, multiplier)
+    assert largest_difference(ours, peft) <= 1
+
+
+def test_a_file_with_text_encoder_parts_is_more_than_its_unet_part(
+    studio: Callable[[str], Studio], tmp_path: Path
+) -> None:
+    used = studio("sd15")
+    whole = load_file(used.loras / "style_b.safetensors")
+    save_file({name: whole[name] for name in whole if "lora_te" not in name}, tmp_path / "unet.safetensors")
+    with_text = used.render({"style_b.safetensors": 1.0})
+    used.engine.use([(open_lora(tmp_path, "unet.safetensors"), 1.0)])
+    assert largest_difference(with_text, used.picture()) > 1
+
+
+def test_lokr_with_whole_and_with_split_factors(both: Any, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def factor(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) / 4
+
+    tensors = {}
+    for block in (0, 1):
+        for name in ("to_q", "to_k", "to_v"):
+            stem = f"diffusion_model.layers.{block}.attention.{name}"
+            tensors |= {f"{stem}.lokr_w1": factor(4, 4), f"{stem}.lokr_w2": factor(12, 12)}
+            tensors[f"{stem}.alpha"] = torch.tensor(9999999999.0)
+    save_file(tensors, tmp_path / "whole.safetensors")
+    ours, peft = both("zimage", tmp_path / "whole.safetensors", 0.8)
+    assert largest_difference(ours, peft) <= 1
+
+    for name in [name for name in tensors if name.endswith("w2")]:
+        del tensors[name]
+        tensors |= {f"{name}_a": factor(12, 3), f"{name}_b": factor(3, 12)}
+        tensors[name.replace("lokr_w2", "alpha")] = torch.tensor(1.5)
+    save_file(tensors, tmp_path / "split.safetensors")
+    split, peft = both("zimage", tmp_path / "split.safetensors", 0.8)
+    assert largest_difference(split, peft) <= 1
+    assert largest_difference(split, ours) > 1

@@ -1,0 +1,186 @@
+"""The rules of facts that no golden case shows by itself, for each id that they apply to."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cluster.jobs import Phase
+from deployments.catalog import CATALOG
+from tests.parity.cases import MODELS
+from tests.studio import Studio, Unwatched, largest_difference
+
+Get = Callable[[str], Studio]
+
+TWO_FILES = [model for model in MODELS if not model.startswith("flux")]
+
+
+def equal(one: np.ndarray, other: np.ndarray) -> bool:
+    return bool(np.array_equal(one, other))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_equal_requests_give_equal_pictures(studio: Get, model: str) -> None:
+    used = studio(model)
+    loras = {used.names[0]: 1.0}
+    assert equal(used.render(loras), used.render(loras))
+    assert not equal(used.render(loras), used.render(loras, seed=6))
+
+
+@pytest.mark.parametrize("model", TWO_FILES)
+def test_a_then_b_then_a_gives_the_first_picture(studio: Get, new_studio: Get, model: str) -> None:
+    used = studio(model)
+    a, b = ({name: 1.0} for name in used.names)
+    first, second, third = used.render(a), used.render(b), used.render(a)
+    assert equal(first, third)
+    assert not equal(first, second)
+    assert equal(second, new_studio(model).render(b))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_multiplier_holds_for_one_job(studio: Get, model: str) -> None:
+    used = studio(model)
+    name = used.names[-1]
+    pictures = {value: used.render({name: value}) for value in (0.6, 1.0, -0.6, 0.0)}
+    assert equal(used.render({name: 0.6}), pictures[0.6])
+    assert equal(used.render({}), pictures[0.0])
+    assert len({picture.tobytes() for picture in pictures.values()}) == 4
+
+
+@pytest.mark.parametrize("model", TWO_FILES)
+def test_adapters_add_up_in_any_order(studio: Get, model: str) -> None:
+    used = studio(model)
+    a, b = used.names
+    together = used.render({a: 0.5, b: 0.8})
+    other_order = used.render({b: 0.8, a: 0.5})
+    assert largest_difference(together, other_order) <= 1
+    assert not equal(together, used.render({a: 0.5}))
+    assert not equal(together, used.render({b: 0.8}))
+
+
+@pytest.mark.parametrize("model", ["flux", "flux_kontext"])
+def test_flux_has_no_negative_prompt_and_embeds_guidance(studio: Get, model: str) -> None:
+    used = studio(model)
+    lora = {used.names[0]: 1.0}
+    assert equal(used.render(lora, neg="blurry"), used.render(lora, neg=""))
+    pictures = {used.render(lora, guidance=value).tobytes() for value in (0.0, 1.0, 4.0)}
+    assert len(pictures) == 3
+
+
+@pytest.mark.parametrize("model", ["sd15", "sdxl"])
+def test_stable_diffusion_guides_above_one(studio: Get, model: str) -> None:
+    used = studio(model)
+    for guidance, ignored in ((0.0, True), (1.0, True), (3.0, False)):
+        one, other = (used.render({}, neg=neg, guidance=guidance) for neg in ("blurry", ""))
+        assert equal(one, other) is ignored
+
+
+@pytest.mark.parametrize("model", ["zimage", "zimage_turbo"])
+def test_z_image_guides_above_zero(studio: Get, model: str) -> None:
+    used = studio(model)
+    for guidance, ignored in ((0.0, True), (1.0, False)):
+        one, other = (used.render({}, neg=neg, guidance=guidance) for neg in ("blurry", ""))
+        assert equal(one, other) is ignored
+
+
+@pytest.mark.parametrize(("model", "tokens"), [("sd15", 77), ("sdxl", 77), ("flux", 512), ("zimage", 512)])
+def test_what_is_past_the_prompt_limit_has_no_effect(studio: Get, model: str, tokens: int) -> None:
+    used = studio(model)
+    long = "a " * tokens
+    assert equal(used.render({}, prompt=long + "cat"), used.render({}, prompt=long + "dog in the snow"))
+    assert not equal(used.render({}, prompt="a cat"), used.render({}, prompt="a dog in the snow"))
+
+
+def test_an_empty_negative_prompt_of_sdxl_is_encoded(studio: Get) -> None:
+    """diffusers zeroes the embedding of no negative prompt, not that of an empty one."""
+    used = studio("sdxl")
+    ours = used.render({})
+    arguments = used.engine._arguments(used.prompt(), [])
+    del arguments["negative_prompt"]
+    zeroed = used.engine._pipeline(**arguments, output_type="np").images[0]
+    assert not equal(ours, (zeroed * 255).round().astype(np.uint8))
+
+
+def test_kontext_stretches_its_image_to_the_output(studio: Get) -> None:
+    used = studio("flux_kontext")
+    image = Image.radial_gradient("L").convert("RGB").resize((300, 40))
+    stretched = image.resize((96, 64), Image.Resampling.BILINEAR)
+    picture = used.render({}, controls=[image])
+    assert picture.shape == (64, 96, 3)
+    assert equal(picture, used.render({}, controls=[stretched]))
+    assert not equal(picture, used.render({}, controls=[Image.new("RGB", (300, 40))]))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_repository_s_scheduler_is_used_unless_the_row_says_otherwise(studio: Get, model: str) -> None:
+    config = studio(model).engine._pipeline.scheduler.config
+    row = CATALOG[model].scheduler
+    for name, value in (row[1] if row else {}).items():
+        assert config[name] == value
+
+
+class Interrupted(Exception):
+    """Raised by the observer below."""
+
+
+class Interrupting(Unwatched):
+    """Ends a prompt after its second step."""
+
+    def on_step(self, done: int, total: int) -> None:
+        if done == 2:
+            raise Interrupted
+
+
+class Recording(Unwatched):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[object] = []
+
+    def on_phase(self, phase: Phase) -> None:
+        self.told.append(phase)
+
+    def on_step(self, done: int, total: int) -> None:
+        self.told.append((done, total))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_after_an_interruption_the_next_picture_is_right(studio: Get, model: str) -> None:
+    used = studio(model)
+    lora = {used.names[0]: 1.0}
+    before = used.render(lora, steps=4)
+    with pytest.raises(Interrupted):
+        used.engine.render(used.prompt(steps=4, seed=9), used.controls, Interrupting())
+    assert equal(used.render(lora, steps=4), before)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_an_observer_hears_of_every_step_and_phase(studio: Get, model: str) -> None:
+    used, observer = studio(model), Recording()
+    used.engine.render(used.prompt(steps=3), used.controls, observer)
+    steps = [(1, 3), (2, 3), (3, 3)]
+    assert observer.told == [Phase.ENCODE, Phase.STEP, *steps, Phase.DECODE]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_global_state_is_left_alone(new_studio: Get, model: str) -> None:
+    def state() -> list[object]:
+        kind, keys, *rest = np.random.get_state()
+        return [
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            kind,
+            list(keys),
+            rest,
+            torch.get_num_threads(),
+        ]
+
+    before = state()
+    used = new_studio(model)
+    used.render({used.names[0]: 1.0})
+    assert state() == before
