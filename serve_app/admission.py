@@ -1,0 +1,193 @@
+"""From a request to what workers render: the rules of the models, the bounds of the service, every default.
+
+Blocking, and free of HTTP: the gateway runs it in a thread, `lora-serve render` calls it as it is.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+
+from cluster.jobs import JobFailure
+from cluster.objects import ObjectStore, content_key
+from deployments.catalog import CATALOG, ModelSpec
+from deployments.loras.dialects import dialect_of
+from deployments.loras.header import read_header
+from deployments.loras.references import LoraReferenceError, resolve
+from deployments.media import ImageRejected, ImageTooLarge, decode_base64, decode_control
+from deployments.render import LoraSpec, PromptSpec, RenderSpec
+from serve_app.errors import Code, Refusal
+from serve_app.schemas import InferenceRequest, LoraItem, PromptItem
+from serve_app.settings import Settings
+
+FIRST_SEED = 42
+"""A prompt without a seed gets this one plus its index, as in the reference server."""
+
+RANDOM_SEEDS = 2**31 - 1
+"""Seed -1 draws below this, as in the reference server."""
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://")
+
+_NAMED_FIELDS = 20
+
+
+def admit(request: InferenceRequest, settings: Settings, store: ObjectStore) -> RenderSpec:
+    """Check everything that the request itself shows, then put its control images into `store`.
+
+    The rules come in the reference server's order and the first one broken answers; our own bounds follow.
+    Nothing is stored unless all hold. Raises `Refusal`.
+    """
+    model = CATALOG.get(request.model)
+    if model is None:
+        raise Refusal(Code.MODEL_NOT_FOUND, supported_models=list(CATALOG))
+    _check_loras(request, settings)
+    _check_control_images_are_there(request, model)
+    _check_bounds(request, model, settings)
+    controls = [
+        _decode_controls(prompt, index, model, settings) for index, prompt in enumerate(request.prompts)
+    ]
+    return RenderSpec(
+        model=model.id,
+        loras=tuple(_resolve_lora(lora) for lora in request.loras),
+        prompts=tuple(
+            _resolve_prompt(request, index, model, tuple(_store(data, store) for data in controls[index]))
+            for index in range(len(request.prompts))
+        ),
+        output_format=request.output_format or "jpeg",
+        warnings=tuple(_warnings(request, model)),
+    )
+
+
+def _check_loras(request: InferenceRequest, settings: Settings) -> None:
+    if not request.loras:
+        raise _lora_refusal(Code.LORA_FILE_REQUIRED, request)
+    if any(lora.transformer for lora in request.loras):
+        raise _lora_refusal(Code.MOE_FORMAT_NOT_SUPPORTED, request)
+    if len(request.loras) > 1:
+        raise _lora_refusal(Code.SINGLE_LORA_ONLY, request)
+    _check_lora_file(request.loras[0].path, settings)
+
+
+def _lora_refusal(code: Code, request: InferenceRequest) -> Refusal:
+    fields = {"path", "transformer", "network_multiplier"}
+    return Refusal(
+        code, loras=[lora.model_dump(include=fields) | {"path": _shown(lora.path)} for lora in request.loras]
+    )
+
+
+def _shown(path: str) -> str:
+    """Leave of a URL only the scheme: user, query and path of one may be secrets."""
+    url = _URL.match(path)
+    return f"{url[0]}***" if url else path
+
+
+def _check_lora_file(path: str, settings: Settings) -> None:
+    shown = _shown(path)
+    if _URL.match(path):
+        raise Refusal(Code.URL_NOT_ENABLED, lora_path=shown)
+    try:
+        dialect_of(read_header(resolve(settings.loras, path)))
+    except (LoraReferenceError, JobFailure) as error:
+        raise Refusal(Code[error.code], lora_path=shown, reason=str(error)) from error
+    except OSError as error:
+        raise Refusal(Code.LORA_NOT_FOUND, lora_path=shown, reason="The file cannot be read.") from error
+
+
+def _check_control_images_are_there(request: InferenceRequest, model: ModelSpec) -> None:
+    for index, prompt in enumerate(request.prompts):
+        if len(prompt.control_images) < model.control_images.least:
+            raise Refusal(Code.CONTROL_IMAGE_REQUIRED, model=model.id, prompt_index=index)
+
+
+def _check_bounds(request: InferenceRequest, model: ModelSpec, settings: Settings) -> None:
+    if len(request.prompts) > settings.max_prompts:
+        raise Refusal(Code.TOO_MANY_PROMPTS, prompts=len(request.prompts), most=settings.max_prompts)
+    longest = settings.max_prompt_chars
+    for index, prompt in enumerate(request.prompts):
+        texts = (prompt.prompt, prompt.neg, prompt.trigger_word, request.trigger_word)
+        # The parts first: the trigger word multiplies.
+        if any(len(text or "") > longest for text in texts) or len(_text(request, prompt)) > longest:
+            raise Refusal(Code.PROMPT_TOO_LONG, prompt_index=index, most=longest)
+        if prompt.resolution == "High":
+            raise Refusal(Code.RESOLUTION_NOT_SUPPORTED, model=model.id, prompt_index=index)
+        if 0 < model.control_images.most < len(prompt.control_images):
+            raise Refusal(
+                Code.TOO_MANY_CONTROL_IMAGES,
+                model=model.id,
+                prompt_index=index,
+                most=model.control_images.most,
+            )
+    if request.hf_token:
+        raise Refusal(Code.SECRET_KEY_REQUIRED)
+
+
+def _decode_controls(prompt: PromptItem, index: int, model: ModelSpec, settings: Settings) -> list[bytes]:
+    """Return the control images that the model takes, as sent; each was decoded to its last pixel."""
+    if not model.control_images.most:
+        return []
+    decoded = []
+    for image in prompt.control_images:
+        if image.startswith("http") or _URL.match(image):
+            raise Refusal(Code.URL_NOT_ENABLED, prompt_index=index)
+        try:
+            data = decode_base64(image)
+            decode_control(data, settings.max_image_pixels)
+        except ImageTooLarge as error:
+            most = settings.max_image_pixels
+            raise Refusal(Code.CONTROL_IMAGE_TOO_LARGE, prompt_index=index, max_pixels=most) from error
+        except ImageRejected as error:
+            raise Refusal(Code.CONTROL_IMAGE_INVALID, prompt_index=index, reason=str(error)) from error
+        decoded.append(data)
+    return decoded
+
+
+def _store(data: bytes, store: ObjectStore) -> str:
+    key = content_key(data)
+    store.put(key, data, "application/octet-stream")
+    return key
+
+
+def _resolve_lora(lora: LoraItem) -> LoraSpec:
+    return LoraSpec(
+        path=lora.path, multiplier=1.0 if lora.network_multiplier is None else lora.network_multiplier
+    )
+
+
+def _resolve_prompt(
+    request: InferenceRequest, index: int, model: ModelSpec, controls: tuple[str, ...]
+) -> PromptSpec:
+    prompt = request.prompts[index]
+    return PromptSpec(
+        prompt=_text(request, prompt),
+        neg=prompt.neg or "",
+        width=(prompt.width or model.width) // model.divisor * model.divisor,
+        height=(prompt.height or model.height) // model.divisor * model.divisor,
+        steps=prompt.sample_steps or model.steps,
+        guidance=model.guidance if prompt.guidance_scale is None else prompt.guidance_scale,
+        seed=_seed(prompt.seed, index),
+        controls=controls,
+    )
+
+
+def _text(request: InferenceRequest, prompt: PromptItem) -> str:
+    trigger = prompt.trigger_word or request.trigger_word
+    return prompt.prompt.replace("[trigger]", trigger) if trigger else prompt.prompt
+
+
+def _seed(seed: int | None, index: int) -> int:
+    """Fix the seed now, so that every attempt at the job renders the same picture."""
+    if seed is None:
+        return FIRST_SEED + index
+    return secrets.randbelow(RANDOM_SEEDS) if seed == -1 else seed
+
+
+def _warnings(request: InferenceRequest, model: ModelSpec) -> list[str]:
+    warnings = []
+    if unknown := request.unknown_fields:
+        # Quoted and cut: names are the sender's and may be of any length.
+        names = [repr(name[:60]) for name in unknown[:_NAMED_FIELDS]]
+        more = f" and {len(unknown) - _NAMED_FIELDS} more" if len(unknown) > _NAMED_FIELDS else ""
+        warnings.append(f"Unknown fields were ignored: {', '.join(names)}{more}.")
+    if not model.control_images.most and any(prompt.control_images for prompt in request.prompts):
+        warnings.append(f"{model.id} takes no control images; those sent were ignored.")
+    return warnings

@@ -1,0 +1,96 @@
+"""From typed arguments to Serve applications; the only module of this package that needs Ray."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import ray
+from ray import serve
+from ray.serve import Application
+
+from cluster.database import jobs_url
+from deployments.worker import Worker, WorkerConfig
+from serve_app.numbers import GATEWAY_OPTIONS, worker_options
+from serve_app.settings import GatewayArgs, ModelsArgs, Settings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+SMALL_CPU = 0.1
+"""CPUs that gateways and roots ask for: they must never keep a worker from its place."""
+
+WORKER_CPU = 0.5
+"""CPUs of a worker without a GPU."""
+
+
+def gateway(args: GatewayArgs) -> Application:
+    """Build the gateway's application."""
+    _refuse_several_nodes(args)
+
+    def app() -> FastAPI:
+        # Built on the replica: a live application does not travel.
+        from serve_app.gateway import create_app
+
+        return create_app(args)
+
+    deployment: Any = serve.deployment(serve.ingress(app)())
+    options = {"ray_actor_options": {"num_cpus": SMALL_CPU}, **GATEWAY_OPTIONS}
+    return deployment.options(name="gateway", **options).bind()
+
+
+def models(args: ModelsArgs) -> Application:
+    """Build the application of one family: workers, and the root they hang from.
+
+    A worker is never the root: behind HAProxy a root drains late and opens an HTTP port.
+    """
+    _refuse_several_nodes(args)
+    device = _device(args.device)
+    config = WorkerConfig(
+        jobs=args.jobs,
+        outputs=args.outputs,
+        loras=args.loras,
+        checkpoints=args.checkpoints,
+        model_cache=args.model_cache,
+        device=device,
+        offload=args.offload,
+        inference_timeout_s=args.inference_timeout_s,
+        lease_s=args.lease_s,
+        adapter_bytes=args.adapter_bytes,
+    )
+    actor: dict[str, Any] = {"num_gpus": 1, "num_cpus": 1} if device == "cuda" else {"num_cpus": WORKER_CPU}
+    worker: Any = serve.deployment(Worker)
+    workers = [
+        worker.options(name=model, ray_actor_options=actor, **worker_options(model, args.jobs)).bind(
+            model, config
+        )
+        for model in args.models
+    ]
+    return _Root.bind(*workers)
+
+
+@serve.deployment(ray_actor_options={"num_cpus": SMALL_CPU})
+class _Root:
+    """Binds the workers of an application; it serves nothing."""
+
+    def __init__(self, *workers: Any) -> None:  # noqa: ANN401 - handles that nobody calls
+        self._workers = workers
+
+
+def _device(wanted: str) -> str:
+    """Resolve `auto`: CUDA where the cluster has a GPU now; one that adds GPUs on demand says `cuda`."""
+    if wanted != "auto":
+        return wanted
+    return "cuda" if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) else "cpu"
+
+
+def _refuse_several_nodes(settings: Settings) -> None:
+    """Embedded defaults live on one disk: on several nodes each would see its own."""
+    if not ray.is_initialized() or sum(node["Alive"] for node in ray.nodes()) < 2:
+        return
+    if urlsplit(jobs_url(settings.jobs)).scheme.startswith("sqlite"):
+        raise RuntimeError("SQLite serves one node only: set JOBS_URL to a PostgreSQL database")
+    if "s3" not in settings.outputs.split("://")[0]:
+        raise RuntimeError(
+            "a local output directory serves one node only: set OUTPUT_BASE_PATH to s3://BUCKET"
+        )

@@ -1,0 +1,92 @@
+"""The command line `lora-serve`. Heavy imports wait until the command that needs them runs."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deployments.catalog import CATALOG
+from serve_app.settings import Settings
+
+app = typer.Typer(
+    help="LoRA inference for diffusion models on Ray Serve.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+class FileFormat(StrEnum):
+    """What `render` writes: raw pixels, or an encoded picture."""
+
+    NPY = "npy"
+    PNG = "png"
+    JPEG = "jpeg"
+    WEBP = "webp"
+
+
+@app.command()
+def config(
+    models: Annotated[str, typer.Option(help="Model ids, separated by commas; all by default.")] = "",
+) -> None:
+    """Print serve_config.yaml for a GPU cluster."""
+    from serve_app.config import render_config
+
+    chosen = [name.strip() for name in models.split(",") if name.strip()] or list(CATALOG)
+    unknown = [name for name in chosen if name not in CATALOG]
+    if unknown:
+        raise typer.BadParameter(f"no such model: {', '.join(unknown)}; there are {', '.join(CATALOG)}")
+    typer.echo(render_config(chosen), nl=False)
+
+
+@app.command()
+def render(
+    requests: Annotated[list[Path], typer.Argument(help="Bodies of POST /v1/inference, one per file.")],
+    out: Annotated[Path, typer.Option(help="Directory of the results, one folder per request.")],
+    checkpoints: Annotated[Path | None, typer.Option(help="Directory of org--name checkpoints.")] = None,
+    loras: Annotated[Path | None, typer.Option(help="LoRA root that paths in requests start from.")] = None,
+    file_format: Annotated[FileFormat, typer.Option("--format", help="What to write.")] = FileFormat.NPY,
+    device: Annotated[str | None, typer.Option(help="auto, cuda or cpu.")] = None,
+) -> None:
+    """Render requests in this process, without Ray, and keep what produced every picture."""
+    names = [path.stem for path in requests]
+    if len(set(names)) != len(names):
+        raise typer.BadParameter("two requests have the same file name; their results would mix")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    from serve_app.render import render_files
+
+    given = {"checkpoints": checkpoints, "loras": loras, "device": device}
+    # Flags win over the environment, which wins over defaults.
+    settings = Settings().model_copy(update={key: value for key, value in given.items() if value is not None})
+    raise typer.Exit(render_files(requests, settings, out, file_format.value))
+
+
+@app.command()
+def demo(
+    model: Annotated[str | None, typer.Option(help="Use this model's real checkpoint.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="A .safetensors file, with --model.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to draw, with --model.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Control image, for models that edit.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Go on serving until Ctrl-C.")] = False,
+    port: Annotated[int, typer.Option(help="HTTP port on 127.0.0.1.")] = 8000,
+    folder: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("var/demo"),
+) -> None:
+    """Start Ray Serve, render real requests over HTTP, save the pictures, and print where they are."""
+    from serve_app.demo import run_demo
+
+    if model is not None and model not in CATALOG:
+        raise typer.BadParameter(f"no such model: {model}; there are {', '.join(CATALOG)}")
+    if model is not None and (lora is None or prompt is None):
+        raise typer.BadParameter("--model needs --lora and --prompt")
+    raise typer.Exit(
+        run_demo(folder, model=model, lora=lora, prompt=prompt, image=image, keep=keep, port=port)
+    )
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

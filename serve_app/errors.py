@@ -1,0 +1,157 @@
+"""Refused requests: one table of stable codes with HTTP status and sentence, and what goes over the wire."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from cluster.jobs import StoreUnavailable
+from cluster.objects import StoreError
+
+logger = logging.getLogger(__name__)
+
+
+class Code(Enum):
+    """Stable codes with HTTP status and sentence, those of submitted requests in the order of the checks."""
+
+    IDEMPOTENCY_KEY_INVALID = 400, "Idempotency-Key must be 1 to 255 printable ASCII characters."
+    IDEMPOTENCY_KEY_REUSED = 409, "This Idempotency-Key was used with another body."
+    MODEL_NOT_FOUND = 400, "There is no such model; details.supported_models lists the ids."
+    LORA_FILE_REQUIRED = 400, "A request needs a LoRA: `loras` must not be empty."
+    MOE_FORMAT_NOT_SUPPORTED = 400, "This model has one transformer: leave `transformer` out of `loras`."
+    SINGLE_LORA_ONLY = 400, "This model takes exactly one LoRA per request."
+    URL_NOT_ENABLED = 400, "URLs are not enabled here: send a path below the LoRA root, images as base64."
+    LORA_PATH_NOT_ALLOWED = 400, "A LoRA path must stay inside the LoRA root."
+    LORA_NOT_FOUND = 400, "There is no such LoRA file below the LoRA root."
+    LORA_FORMAT_NOT_SUPPORTED = 400, "The LoRA is not an intact .safetensors file of a supported kind."
+    CONTROL_IMAGE_REQUIRED = 400, "This model edits a picture: each prompt needs a control image."
+    TOO_MANY_PROMPTS = 400, "The request has more prompts than this service takes at once."
+    PROMPT_TOO_LONG = 400, "A prompt, negative prompt or trigger word is too long."
+    RESOLUTION_NOT_SUPPORTED = 400, 'This model has only the resolution "Default".'
+    TOO_MANY_CONTROL_IMAGES = 400, "A prompt has more control images than the model takes."
+    SECRET_KEY_REQUIRED = 400, "This service takes no hf_token: without SECRET_KEY it would be kept in clear."
+    CONTROL_IMAGE_TOO_LARGE = 400, "A control image has more pixels than this service takes."
+    CONTROL_IMAGE_INVALID = 400, "A control image is not base64 of an intact picture."
+
+    BODY_TOO_LARGE = 413, "The body is larger than this service takes."
+    REQUEST_NOT_FOUND = 404, "There is no request with this id."
+    OUTPUT_NOT_FOUND = 404, "There is no such output."
+    JOB_ALREADY_FINISHED = 409, "The request has finished; there is nothing left to cancel."
+    STORE_UNAVAILABLE = 503, "The service cannot reach its store now; nothing was changed. Try again."
+    INTERNAL_ERROR = 500, "The service failed on this request; its log says why."
+
+    @property
+    def status(self) -> int:
+        """HTTP status of the answer."""
+        return self.value[0]
+
+    @property
+    def message(self) -> str:
+        """One sentence for people."""
+        return self.value[1]
+
+
+class Error(BaseModel):
+    """What went wrong: `code` for programs, `message` for people, `details` by code."""
+
+    code: str
+    message: str
+    details: dict[str, Any]
+
+
+class ErrorDetail(BaseModel):
+    """The wrapper that the reference server puts around an error."""
+
+    error: Error
+
+
+class ErrorAnswer(BaseModel):
+    """Body of every 4xx and 5xx but 422, which is FastAPI's list."""
+
+    detail: ErrorDetail
+
+
+_HEADERS = {
+    Code.STORE_UNAVAILABLE: {"Retry-After": "1"},
+    # Otherwise the server would read the rest of the body to its end, which may never come.
+    Code.BODY_TOO_LARGE: {"Connection": "close"},
+}
+
+
+class Refusal(HTTPException):
+    """The request is refused with `code`; details must be JSON and hold nothing secret."""
+
+    def __init__(self, code: Code, **details: Any) -> None:  # noqa: ANN401 - any JSON
+        self.code = code.name
+        self.message = code.message
+        self.details = details
+        error = Error(code=self.code, message=self.message, details=details)
+        super().__init__(
+            code.status,
+            detail=ErrorDetail(error=error).model_dump(),
+            headers=_HEADERS.get(code),
+        )
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return FastAPI's `responses` for routes that refuse with these statuses."""
+    return {status: {"model": ErrorAnswer} for status in statuses}
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Make every error of `app` leave in the forms of this module."""
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(StoreUnavailable, _store_unavailable)
+    app.add_exception_handler(StoreError, _store_unavailable)
+    app.add_exception_handler(Exception, _internal)
+
+
+def _invalid(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this type
+    return JSONResponse({"detail": safe_errors(error.errors())}, status_code=422)
+
+
+def safe_errors(errors: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return pydantic's errors without what may be secret, large or no JSON.
+
+    `input` is echoed only where it is an ordinary number, a boolean or null: a string may be a prompt or a
+    token.
+    """
+    return [
+        {
+            "type": error["type"],
+            "loc": list(error["loc"]),
+            "msg": error["msg"],
+            **({"input": error["input"]} if _harmless(error) else {}),
+            **({"ctx": error["ctx"]} if error.get("ctx") else {}),
+        }
+        for error in errors
+    ]
+
+
+def _harmless(error: Mapping[str, Any]) -> bool:
+    value = error.get("input")
+    # The comparison is false for NaN too.
+    ordinary = value is None or (isinstance(value, int | float) and -(2**64) <= value <= 2**64)
+    return ordinary and "hf_token" not in error["loc"]
+
+
+def _store_unavailable(_: Request, error: Exception) -> JSONResponse:
+    logger.warning("store unavailable: %s", error)
+    return _answer(Refusal(Code.STORE_UNAVAILABLE))
+
+
+def _internal(_: Request, error: Exception) -> JSONResponse:
+    # The server logs the traceback: this handler runs outermost and the error goes on to it.
+    return _answer(Refusal(Code.INTERNAL_ERROR))
+
+
+def _answer(refusal: Refusal) -> JSONResponse:
+    return JSONResponse({"detail": refusal.detail}, status_code=refusal.status_code, headers=refusal.headers)

@@ -1,0 +1,228 @@
+"""The HTTP routes. Everything that blocks runs in threads; the event loop only passes on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager, closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, TypeVar
+
+import anyio
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import FileResponse
+
+from cluster.database import jobs_url
+from cluster.jobs import Job, JobState
+from cluster.objects import ObjectStore, open_store
+from cluster.queue import JobQueue
+from deployments.catalog import CATALOG
+from serve_app.answers import (
+    HealthAnswer,
+    ImageOutput,
+    ModelAnswer,
+    ModelsAnswer,
+    Outputs,
+    ResultAnswer,
+    StatusAnswer,
+    SubmitAnswer,
+)
+from serve_app.bounds import BoundedRoute
+from serve_app.errors import Code, Refusal, documented, install_handlers
+from serve_app.janitor import Janitor
+from serve_app.schemas import InferenceRequest
+from serve_app.settings import GatewayArgs
+from serve_app.submission import check_key, submit
+from serve_app.waiting import Waiting
+
+PICTURE_THREADS = 2
+"""Requests with control images that are admitted at a time: a decoded image takes up to 100 MB."""
+
+MAX_WAIT_S = 60.0
+
+_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+_MEDIA_TYPES = {
+    ".jpg": "image/jpeg",
+    ".png": "image/png",
+    ".webp": "image/webp",
+    ".json": "application/json",
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the routes share in one process."""
+
+    settings: GatewayArgs
+    queue: JobQueue
+    store: ObjectStore
+    waiting: Waiting
+    pictures: anyio.CapacityLimiter
+
+
+async def _parts(request: Request) -> Parts:
+    return request.app.state.parts
+
+
+async def _request_id(request_id: str) -> str:
+    """Refuse what is no id of ours before it reaches the job table: not every database takes every text."""
+    if not _ID.fullmatch(request_id):
+        raise Refusal(Code.REQUEST_NOT_FOUND, request_id=request_id)
+    return request_id
+
+
+Shared = Annotated[Parts, Depends(_parts)]
+RequestId = Annotated[str, Depends(_request_id)]
+Wait = Annotated[
+    float,
+    Query(
+        ge=0,
+        le=MAX_WAIT_S,
+        allow_inf_nan=False,
+        description="Answer when the job has ended, or after these seconds.",
+    ),
+]
+Answer = TypeVar("Answer", StatusAnswer, ResultAnswer)
+Found = TypeVar("Found")
+
+router = APIRouter(route_class=BoundedRoute)
+
+
+def create_app(settings: GatewayArgs) -> FastAPI:
+    """Return the ASGI application; its lifespan opens the stores and runs janitor and long polls."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        with ExitStack() as stack:
+            store = await run_sync(open_store, settings.outputs)
+            opened = partial(JobQueue, jobs_url(settings.jobs), run_timeout_s=settings.inference_timeout_s)
+            queue = stack.enter_context(closing(await run_sync(opened)))
+            stack.enter_context(closing(Janitor(queue)))
+            waiting = stack.enter_context(closing(Waiting(queue)))
+            app.state.parts = Parts(settings, queue, store, waiting, anyio.CapacityLimiter(PICTURE_THREADS))
+            yield
+
+    app = FastAPI(
+        title="lora-serve",
+        version="1",
+        description="LoRA inference for diffusion models.",
+        lifespan=lifespan,
+    )
+    app.state.max_body_bytes = settings.max_body_bytes
+    install_handlers(app)
+    app.include_router(router)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    return app
+
+
+@router.post("/v1/inference", responses=documented(400, 409, 413, 503))
+async def submit_request(
+    body: InferenceRequest, parts: Shared, idempotency_key: Annotated[str | None, Header()] = None
+) -> SubmitAnswer:
+    """Store a request and answer at once; a worker renders it."""
+    check_key(idempotency_key)
+    limiter = parts.pictures if any(prompt.control_images for prompt in body.prompts) else None
+    job = await run_sync(
+        submit, body, idempotency_key, parts.settings, parts.queue, parts.store, limiter=limiter
+    )
+    return SubmitAnswer.of(job, parts.settings.base_url)
+
+
+@router.get("/v1/requests/{request_id}/status", responses=documented(404, 503))
+async def read_status(request_id: RequestId, parts: Shared, wait: Wait = 0.0) -> StatusAnswer:
+    """Tell how far a request is."""
+    return await _when_ended(_status, request_id, parts, wait)
+
+
+@router.get("/v1/requests/{request_id}/result", responses=documented(404, 503))
+async def read_result(request_id: RequestId, parts: Shared, wait: Wait = 0.0) -> ResultAnswer:
+    """Tell what a request made; `outputs` is null until it succeeded."""
+    return await _when_ended(_result, request_id, parts, wait)
+
+
+@router.delete(
+    "/v1/requests/{request_id}",
+    responses=documented(404, 409, 503)
+    | {202: {"model": StatusAnswer, "description": "Stops within one step"}},
+)
+async def cancel_request(request_id: RequestId, parts: Shared, response: Response) -> StatusAnswer:
+    """Cancel a request: at once while it is queued (200), within one step while it runs (202)."""
+    answer = await run_sync(_cancel, request_id, parts)
+    if answer.status is not JobState.CANCELED:
+        response.status_code = 202
+    return answer
+
+
+@router.get("/v1/models")
+async def list_models() -> ModelsAnswer:
+    """List the model ids that this service renders."""
+    return ModelsAnswer(models=[ModelAnswer.of(row) for row in CATALOG.values()])
+
+
+@router.get("/health")
+async def check_health() -> HealthAnswer:
+    """Tell that this process answers."""
+    return HealthAnswer()
+
+
+@router.get("/outputs/{key:path}", response_class=FileResponse, responses=documented(404))
+async def read_output(key: str, parts: Shared) -> FileResponse:
+    """Send a picture or manifest from the local output directory."""
+    path = await run_sync(parts.store.local_path, key)
+    if path is None:
+        raise Refusal(Code.OUTPUT_NOT_FOUND)
+    media_type = _MEDIA_TYPES.get(path.suffix, "application/octet-stream")
+    return FileResponse(path, media_type=media_type, headers={"X-Content-Type-Options": "nosniff"})
+
+
+async def _when_ended(
+    read: Callable[[str, Parts], Answer], request_id: str, parts: Parts, wait_s: float
+) -> Answer:
+    """Read now; if the job goes on, read again when it has ended or `wait_s` seconds have passed."""
+    if not wait_s:
+        return await run_sync(read, request_id, parts)
+    with parts.waiting.end_of(request_id) as end:
+        answer = await run_sync(read, request_id, parts)
+        if answer.status.terminal:
+            return answer
+        await end.wait(wait_s)
+        return await run_sync(read, request_id, parts)
+
+
+def _job(request_id: str, parts: Parts) -> Job:
+    return _known(request_id, parts.queue.get(request_id))
+
+
+def _known(request_id: str, found: Found | None) -> Found:
+    if found is None:
+        raise Refusal(Code.REQUEST_NOT_FOUND, request_id=request_id)
+    return found
+
+
+def _status(request_id: str, parts: Parts) -> StatusAnswer:
+    job = _job(request_id, parts)
+    return StatusAnswer.of(job, parts.queue.ahead(job) if job.state is JobState.IN_QUEUE else None)
+
+
+def _result(request_id: str, parts: Parts) -> ResultAnswer:
+    job = _job(request_id, parts)
+    if job.state is not JobState.SUCCEEDED:
+        return ResultAnswer.of(job, None)
+    images = [
+        ImageOutput.of(output, parts.store, parts.settings.base_url) for output in parts.queue.outputs(job.id)
+    ]
+    return ResultAnswer.of(job, Outputs(images=images))
+
+
+def _cancel(request_id: str, parts: Parts) -> StatusAnswer:
+    job, was_live = _known(request_id, parts.queue.cancel(request_id))
+    if not was_live:
+        raise Refusal(Code.JOB_ALREADY_FINISHED, request_id=request_id, status=job.state)
+    return StatusAnswer.of(job, None)

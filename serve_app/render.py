@@ -1,0 +1,115 @@
+"""`lora-serve render`: requests from files through the whole numeric path, without Ray or a server."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from cluster.jobs import JobFailure, Phase
+from cluster.objects import DirectoryStore, ObjectStore
+from deployments.catalog import CATALOG
+from deployments.checkpoints import Checkpoints
+from deployments.engine import Engine
+from deployments.media import encode
+from deployments.rendering import Rendered, Report, render_job
+from serve_app.admission import admit
+from serve_app.errors import Refusal
+from serve_app.schemas import InferenceRequest
+from serve_app.settings import Settings
+
+
+class _Unwatched:
+    """Follows a job that nobody watches."""
+
+    def begin_prompt(self, index: int) -> None:
+        """Nothing to tell."""
+
+    def on_phase(self, phase: Phase) -> None:
+        """Nothing to tell."""
+
+    def on_step(self, done: int, total: int) -> None:
+        """Nothing to tell."""
+
+
+def render_files(files: Sequence[Path], settings: Settings, out: Path, file_format: str) -> int:
+    """Render the requests in order in this process, one warm engine per model; return the exit status.
+
+    Request `A.json` (a body of `POST /v1/inference`) becomes `out/A/0.npy` per prompt, uint8 H x W x 3, or
+    pictures with another `file_format` (png, jpeg, webp), and `out/A/manifest.json`. A request that fails has
+    its reason there under `error` and `error_code`, and on standard error; the others are rendered.
+    """
+    engines: dict[str, Engine] = {}
+    failed = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        store = DirectoryStore(Path(scratch))
+        for file in files:
+            folder = out / file.stem
+            folder.mkdir(parents=True, exist_ok=True)
+            manifest = _render_file(file, settings, store, engines, folder, file_format)
+            if "error" in manifest:
+                failed += 1
+                print(f"{file}: {manifest['error_code']}: {manifest['error']}", file=sys.stderr)
+            text = json.dumps({"request": file.name, **manifest}, indent=2, ensure_ascii=False)
+            (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
+    return 1 if failed else 0
+
+
+def _render_file(
+    file: Path,
+    settings: Settings,
+    store: ObjectStore,
+    engines: dict[str, Engine],
+    folder: Path,
+    file_format: str,
+) -> dict[str, Any]:
+    try:
+        request = InferenceRequest.model_validate_json(file.read_bytes())
+        spec = admit(request, settings, store)
+        engine = _engine(spec.model, settings, engines)
+        report = Report()
+        rendered = render_job(
+            engine, spec, loras=settings.loras, store=store, observer=_Unwatched(), report=report
+        )
+        outputs = [_write(item, folder, file_format) for item in rendered]
+    except OSError as error:
+        return {"error": f"{error.strerror}: {error.filename}", "error_code": "FILE_ERROR"}
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        return {"error": faults, "error_code": "INVALID_REQUEST"}
+    except Refusal as refusal:
+        return {"error": refusal.message, "error_code": refusal.code, "details": refusal.details}
+    except JobFailure as failure:
+        return {"error": failure.message, "error_code": failure.code}
+    warnings = [*spec.warnings, *report.warnings]
+    return {"model": spec.model, "outputs": outputs, "warnings": warnings, "timings": report.timings}
+
+
+def _engine(model: str, settings: Settings, engines: dict[str, Engine]) -> Engine:
+    if model not in engines:
+        checkpoints = Checkpoints(settings.checkpoints, settings.model_cache)
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        device = auto if settings.device == "auto" else settings.device
+        engine = Engine(CATALOG[model], checkpoints, device=device, offload=settings.offload)
+        engine.load()
+        engines[model] = engine
+    return engines[model]
+
+
+def _write(item: Rendered, folder: Path, file_format: str) -> dict[str, Any]:
+    """Write one prompt's picture; pixels go to disk before any encoding where `npy` is asked for."""
+    if file_format == "npy":
+        name = f"{item.index}.npy"
+        np.save(folder / name, item.media.pixels)
+    else:
+        encoded = encode(item.media, file_format, item.manifest)  # type: ignore[arg-type]
+        name = f"{item.index}.{encoded.extension}"
+        (folder / name).write_bytes(encoded.data)
+    return {"file": name, **item.manifest}

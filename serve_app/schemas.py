@@ -1,0 +1,108 @@
+"""Bodies of requests: the wire format in, field for field as the reference server's, with our additions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from deployments.render import ImageFormat
+
+MAX_ITEMS = 1000
+"""Longest `prompts` or `loras` list that is read at all; it bounds the work of reading a hostile body."""
+
+MAX_PATH_CHARS = 4096
+"""Linux's PATH_MAX: a longer path names no file."""
+
+
+def _plain(value: str) -> str:
+    """Refuse NUL, which paths and databases cannot hold, and lone surrogates, which are no text."""
+    if "\x00" in value:
+        raise PydanticCustomError("text_nul", "Text must not contain NUL characters")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("text_surrogate", "Text must not contain lone surrogates") from None
+    return value
+
+
+Text = Annotated[str, AfterValidator(_plain)]
+
+
+class _Part(BaseModel):
+    """A part of a request: fields that are not known are ignored, only their names are kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="after")
+    def _forget_unknown_values(self) -> Self:
+        extra = self.model_extra or {}
+        extra.update(dict.fromkeys(extra))
+        return self
+
+
+class LoraItem(_Part):
+    """One LoRA of a request. `path` is relative to the LoRA root."""
+
+    path: Annotated[str, Field(max_length=MAX_PATH_CHARS), AfterValidator(_plain)]
+    transformer: Literal["low", "high"] | None = None
+    network_multiplier: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
+
+
+class PromptItem(_Part):
+    """One picture of a request; null or absent means the model's default. Control images are base64."""
+
+    prompt: Text
+    trigger_word: Text | None = None
+    width: Annotated[int, Field(ge=64, le=4096)] | None = None
+    height: Annotated[int, Field(ge=64, le=4096)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=20, allow_inf_nan=False)] | None = None
+    sample_steps: Annotated[int, Field(ge=1, le=150)] | None = None
+    neg: Text | None = None
+    seed: Annotated[int, Field(ge=-1, lt=2**64)] | None = None
+    sampler: Text | None = None
+    num_frames: Annotated[int, Field(ge=1, le=1000)] | None = None
+    fps: Annotated[int, Field(ge=1, le=120)] | None = None
+    resolution: Literal["Default", "High"] | None = None
+    ctrl_img: str | None = None
+    ctrl_img_1: str | None = None
+    ctrl_img_2: str | None = None
+    ctrl_img_3: str | None = None
+
+    @property
+    def control_images(self) -> list[str]:
+        """The control images as sent: the numbered ones that are there, else `ctrl_img`."""
+        numbered = [image for image in (self.ctrl_img_1, self.ctrl_img_2, self.ctrl_img_3) if image]
+        return numbered or ([self.ctrl_img] if self.ctrl_img else [])
+
+
+class InferenceRequest(_Part):
+    """Body of `POST /v1/inference`."""
+
+    model: Text
+    loras: Annotated[list[LoraItem], Field(max_length=MAX_ITEMS)]
+    prompts: Annotated[list[PromptItem], Field(min_length=1, max_length=MAX_ITEMS)]
+    trigger_word: Text | None = None
+    hf_token: Text | None = None
+    kv_cache: bool | None = None
+    match_target_res: bool | None = None
+    output_format: ImageFormat | None = None
+
+    @property
+    def unknown_fields(self) -> list[str]:
+        """Names of the ignored fields, as `top`, `loras[0].item` and `prompts[0].item`."""
+        parts = [("", self), *_named("loras", self.loras), *_named("prompts", self.prompts)]
+        return [f"{prefix}{name}" for prefix, part in parts for name in part.model_extra or {}]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what was asked: equal for bodies that differ only in layout, nulls or unknown fields."""
+        canonical = self.model_dump_json(exclude_none=True, exclude_defaults=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _named(name: str, items: Sequence[_Part]) -> Iterable[tuple[str, _Part]]:
+    return ((f"{name}[{index}].", item) for index, item in enumerate(items))

@@ -1,0 +1,96 @@
+"""Typed builder arguments of serve_config.yaml; the environment wins over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from deployments.catalog import CATALOG
+from serve_app.schemas import MAX_ITEMS
+
+
+class Settings(BaseSettings):
+    """Where things are, how to render, and the bounds of a request; shared by gateway, workers and `render`.
+
+    Every default works on one machine as it stands. Relative paths start at the working directory. A token
+    for gated repositories is no setting: huggingface_hub reads `HF_TOKEN` from the environment by itself.
+    """
+
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, case_sensitive=True, env_ignore_empty=True, populate_by_name=True
+    )
+
+    # Serve logs these arguments: a URL with a password goes into `JOBS_URL`, which wins where it is opened.
+    jobs: Annotated[str, Field(repr=False)] = "sqlite:///var/jobs.db"
+    outputs: Annotated[str, Field(validation_alias="OUTPUT_BASE_PATH")] = "file://var/outputs"
+    loras: Annotated[Path, Field(validation_alias="WORKFLOWS_BASE_PATH")] = Path("var/loras")
+    lora_cache: Annotated[Path, Field(validation_alias="LORA_DOWNLOAD_CACHE_DIR")] = Path("var/lora_cache")
+    checkpoints: Annotated[Path | None, Field(validation_alias="CHECKPOINTS_PATH")] = None
+    model_cache: Annotated[Path | None, Field(validation_alias="MODEL_CACHE_DIR")] = None
+    device: Annotated[Literal["auto", "cuda", "cpu"], Field(validation_alias="DEVICE")] = "auto"
+    offload: Annotated[Literal["none", "model", "sequential"], Field(validation_alias="OFFLOAD_MODE")] = (
+        "none"
+    )
+    inference_timeout_s: Annotated[float, Field(validation_alias="INFERENCE_TIMEOUT", gt=0)] = 3600.0
+
+    max_prompts: Annotated[int, Field(ge=1, le=MAX_ITEMS)] = 100
+    max_prompt_chars: Annotated[int, Field(ge=1)] = 10_000
+    max_image_pixels: Annotated[int, Field(ge=1)] = 2 * 4096 * 4096
+
+    @field_validator("outputs")
+    @classmethod
+    def _name_the_scheme(cls, value: str) -> str:
+        """Take a bare path too, as the reference does."""
+        return value if "://" in value else f"file://{value}"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Put the environment before the arguments; no other source is read."""
+        return env_settings, init_settings
+
+
+class GatewayArgs(Settings):
+    """Arguments of `build_gateway`: `base_url` is how clients reach it, with no slash at the end."""
+
+    base_url: Annotated[str, Field(validation_alias="BASE_URL")] = "http://127.0.0.1:8000"
+    cors_origins: Annotated[tuple[str, ...], NoDecode, Field(validation_alias="CORS_ORIGINS")] = ()
+    max_body_bytes: Annotated[int, Field(ge=1)] = 64 * 2**20
+
+    @field_validator("base_url")
+    @classmethod
+    def _without_slash(cls, value: str) -> str:
+        return value.rstrip("/")
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:  # noqa: ANN401 - whatever the file holds, validated after this
+        """Split what the environment holds: origins separated by commas."""
+        if not isinstance(value, str):
+            return value
+        return tuple(origin.strip() for origin in value.split(",") if origin.strip())
+
+
+class ModelsArgs(Settings):
+    """Arguments of `build_models`: the ids of one application, and what each of their workers keeps to."""
+
+    models: Annotated[tuple[str, ...], Field(min_length=1)]
+    lease_s: Annotated[float, Field(gt=0)] = 30.0
+    adapter_bytes: Annotated[int, Field(ge=0)] = 8 * 2**30
+
+    @field_validator("models")
+    @classmethod
+    def _in_catalogue(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [model for model in value if model not in CATALOG]
+        if unknown:
+            raise ValueError(f"no such model: {', '.join(unknown)}; there are {', '.join(CATALOG)}")
+        return value

@@ -1,0 +1,171 @@
+"""A real gateway on a loopback port, on its own SQLite file, output directory and LoRA root."""
+
+from __future__ import annotations
+
+import base64
+import io
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from PIL import Image
+from safetensors.numpy import save_file
+
+from cluster.jobs import Claim, JobState
+from cluster.objects import DirectoryStore
+from cluster.queue import JobQueue
+from serve_app.gateway import create_app
+from serve_app.settings import GatewayArgs
+
+
+def png(width: int = 24, height: int = 16, colour: tuple[int, int, int] = (200, 30, 90)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def base64_png(width: int = 24, height: int = 16) -> str:
+    return base64.b64encode(png(width, height)).decode()
+
+
+def body(**changes: Any) -> dict[str, Any]:
+    """A good request; `prompt` changes its only prompt, `lora` its only LoRA, anything else the top level."""
+    request: dict[str, Any] = {
+        "model": "flux",
+        "loras": [{"path": "style.safetensors", **changes.pop("lora", {})}],
+        "prompts": [{"prompt": "a red fox", **changes.pop("prompt", {})}],
+    }
+    return request | changes
+
+
+def kontext_body(**prompt: Any) -> dict[str, Any]:
+    """A good request with one control image; the keywords change its prompt."""
+    return body(model="flux_kontext", prompt={"ctrl_img": base64_png(), **prompt})
+
+
+@dataclass
+class Service:
+    """A running gateway, and what lies under it; `queue` and `store` are other openings of the same files."""
+
+    settings: GatewayArgs
+    client: httpx.Client
+    queue: JobQueue
+    store: DirectoryStore
+
+    @property
+    def stored(self) -> tuple[int, frozenset[Path]]:
+        """How many rows and which files there are."""
+        file = self.settings.jobs.removeprefix("sqlite:///")
+        connection = sqlite3.connect(file)
+        rows = connection.execute("SELECT count(*) FROM jobs").fetchone()[0]
+        connection.close()
+        folder = Path(self.settings.outputs.removeprefix("file://"))
+        return rows, frozenset(path for path in folder.rglob("*") if path.is_file())
+
+    def post(self, request: dict[str, Any], key: str | None = None) -> httpx.Response:
+        headers = {} if key is None else {"Idempotency-Key": key}
+        return self.client.post("/v1/inference", json=request, headers=headers)
+
+    def submit(self, request: dict[str, Any] | None = None, key: str | None = None) -> str:
+        answer = self.post(request or body(), key)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["request_id"]
+
+    def status(self, job_id: str, **query: Any) -> dict[str, Any]:
+        return self.client.get(f"/v1/requests/{job_id}/status", params=query).raise_for_status().json()
+
+    def result(self, job_id: str, **query: Any) -> dict[str, Any]:
+        return self.client.get(f"/v1/requests/{job_id}/result", params=query).raise_for_status().json()
+
+    def claim(self, job_id: str, owner: str = "worker-1") -> Claim:
+        """Claim the oldest job of its model as a worker does; it must be this one."""
+        model = self.queue.get(job_id).model  # type: ignore[union-attr]
+        claim = self.queue.claim(model, owner)
+        assert claim is not None and claim.job.id == job_id
+        return claim
+
+    def publish(self, claim: Claim) -> None:
+        """Record one picture per prompt and end the job, as a worker does."""
+        for index, prompt in enumerate(claim.job.spec["prompts"]):
+            folder = f"{claim.job.id}/{claim.epoch}"
+            data = png(prompt["width"], prompt["height"])
+            self.store.put(f"{folder}/{index}.png", data, "image/png")
+            self.store.put(f"{folder}/{index}.json", b'{"seed": 1}', "application/json")
+            output = {
+                "kind": "image",
+                "format": "png",
+                "width": prompt["width"],
+                "height": prompt["height"],
+                "seed": prompt["seed"],
+                "key": f"{folder}/{index}.png",
+                "manifest_key": f"{folder}/{index}.json",
+                "sha256": "0" * 64,
+                "bytes": len(data),
+            }
+            self.queue.record_output(claim, index, output)
+        result = {"inference_time": 1.5, "timings": {"render": 1.25}, "warnings": ["2 of 4 modules matched."]}
+        self.queue.finish(claim, JobState.SUCCEEDED, result=result)
+
+
+@contextmanager
+def running(settings: GatewayArgs) -> Iterator[httpx.Client]:
+    """Run the gateway on a port of its own, as any ASGI server does, lifespan included."""
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(settings), host="127.0.0.1", port=0, lifespan="on", log_level="error")
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the gateway did not start"
+        time.sleep(0.01)
+    try:
+        port = server.servers[0].sockets[0].getsockname()[1]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@contextmanager
+def serving(folder: Path, **changes: Any) -> Iterator[Service]:
+    """Run a gateway on stores and a LoRA root below `folder`; they may be there from an earlier one."""
+    loras = folder / "loras"
+    loras.mkdir(exist_ok=True)
+    save_file({"a.lora_A.weight": np.ones((2, 4), np.float32)}, loras / "style.safetensors")
+    settings = GatewayArgs.model_validate(
+        {
+            "jobs": f"sqlite:///{folder}/jobs.db",
+            "outputs": f"file://{folder}/outputs",
+            "loras": loras,
+            **changes,
+        }
+    )
+    with ExitStack() as stack:
+        client = stack.enter_context(running(settings))
+        queue = JobQueue(settings.jobs)
+        stack.callback(queue.close)
+        yield Service(settings, client, queue, DirectoryStore(folder / "outputs"))
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One gateway for the tests of a module; each must leave no job of its own claimable."""
+    with serving(tmp_path_factory.mktemp("service")) as running_service:
+        yield running_service
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Iterator[Service]:
+    """A gateway of the test's own, with an empty table."""
+    with serving(tmp_path) as running_service:
+        yield running_service

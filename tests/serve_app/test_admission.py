@@ -1,0 +1,150 @@
+"""What admission resolves: defaults, sizes, seeds, trigger words, multipliers, control images."""
+
+from __future__ import annotations
+
+import base64
+import io
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.numpy import save_file
+
+from cluster.objects import DirectoryStore, content_key
+from deployments.catalog import CATALOG, ModelSpec
+from deployments.render import LoraSpec, PromptSpec, RenderSpec
+from serve_app.admission import admit
+from serve_app.schemas import InferenceRequest
+from serve_app.settings import Settings
+from tests.serve_app.conftest import base64_png, body, png
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("admission")
+    save_file({"a.lora_A.weight": np.ones((2, 4), np.float32)}, folder / "style.safetensors")
+    return folder
+
+
+def admitted(place: Path, request: dict[str, Any]) -> RenderSpec:
+    settings = Settings.model_validate({"loras": place})
+    return admit(InferenceRequest.model_validate(request), settings, DirectoryStore(place / "outputs"))
+
+
+@pytest.mark.parametrize("row", CATALOG.values(), ids=list(CATALOG))
+def test_defaults_are_those_of_the_row(place: Path, row: ModelSpec) -> None:
+    image = {"ctrl_img": base64_png()} if row.control_images.least else {}
+    spec = admitted(place, body(model=row.id, prompt=image))
+    expected = PromptSpec(
+        prompt="a red fox",
+        neg="",
+        width=row.width // row.divisor * row.divisor,
+        height=row.height // row.divisor * row.divisor,
+        steps=row.steps,
+        guidance=row.guidance,
+        seed=42,
+        controls=(content_key(png()),) if image else (),
+    )
+    lora = LoraSpec(path="style.safetensors", multiplier=1.0)
+    assert spec == RenderSpec(model=row.id, loras=(lora,), prompts=(expected,), output_format="jpeg")
+
+
+def test_null_means_default_everywhere(place: Path) -> None:
+    names = ("width", "height", "guidance_scale", "sample_steps", "neg", "seed", "trigger_word", "ctrl_img")
+    nulls = body(prompt=dict.fromkeys(names), lora={"network_multiplier": None}, output_format=None)
+    assert admitted(place, nulls) == admitted(place, body())
+
+
+def test_own_values_are_kept(place: Path) -> None:
+    prompt = {"width": 640, "height": 512, "guidance_scale": 0, "sample_steps": 3, "neg": "blur", "seed": 0}
+    spec = admitted(place, body(prompt=prompt, lora={"network_multiplier": 0}, output_format="png"))
+    assert spec.prompts[0] == PromptSpec(
+        prompt="a red fox", neg="blur", width=640, height=512, steps=3, guidance=0.0, seed=0
+    )
+    assert spec.loras[0].multiplier == 0.0
+    assert spec.output_format == "png"
+
+
+@given(row=st.sampled_from(list(CATALOG.values())), width=st.integers(64, 4096), height=st.integers(64, 4096))
+def test_sizes_are_floored_to_the_divisor(place: Path, row: ModelSpec, width: int, height: int) -> None:
+    image = {"ctrl_img": base64_png()} if row.control_images.least else {}
+    (prompt,) = admitted(
+        place, body(model=row.id, prompt={"width": width, "height": height, **image})
+    ).prompts
+    for asked, got in ((width, prompt.width), (height, prompt.height)):
+        assert got % row.divisor == 0
+        assert 0 <= asked - got < row.divisor
+        assert got > 0
+
+
+def test_seeds_count_up_from_42_by_the_index_of_the_prompt(place: Path) -> None:
+    prompts = [{"prompt": "a"}, {"prompt": "b", "seed": 7}, {"prompt": "c", "seed": None}]
+    assert [prompt.seed for prompt in admitted(place, body(prompts=prompts)).prompts] == [42, 7, 44]
+
+
+def test_random_seeds_are_drawn_now_and_leave_the_global_generator_alone(place: Path) -> None:
+    state = random.getstate()
+    prompts = [{"prompt": "a", "seed": -1}] * 50
+    seeds = [prompt.seed for prompt in admitted(place, body(prompts=prompts)).prompts]
+    assert len(set(seeds)) > 45
+    assert all(0 <= seed < 2**31 - 1 for seed in seeds)
+    assert random.getstate() == state
+
+
+@pytest.mark.parametrize(
+    ("own", "shared", "text"),
+    [
+        ("p5x", "q7y", "a p5x and p5x"),
+        (None, "q7y", "a q7y and q7y"),
+        ("", "q7y", "a q7y and q7y"),
+        ("p5x", None, "a p5x and p5x"),
+        (None, None, "a [trigger] and [trigger]"),
+        ("", "", "a [trigger] and [trigger]"),
+        ("[trigger]", None, "a [trigger] and [trigger]"),
+        (r"\g<0>", None, r"a \g<0> and \g<0>"),
+    ],
+)
+def test_trigger_words_replace_the_literal(
+    place: Path, own: str | None, shared: str | None, text: str
+) -> None:
+    prompt = {"prompt": "a [trigger] and [trigger]", "trigger_word": own, "neg": "[trigger]"}
+    (resolved,) = admitted(place, body(prompt=prompt, trigger_word=shared)).prompts
+    assert resolved.prompt == text
+    assert resolved.neg == "[trigger]"
+
+
+def test_other_spellings_of_the_trigger_are_no_trigger(place: Path) -> None:
+    spec = admitted(place, body(prompt={"prompt": "[Trigger] [ trigger ]"}, trigger_word="p5x"))
+    assert spec.prompts[0].prompt == "[Trigger] [ trigger ]"
+
+
+@pytest.mark.parametrize("prefix", ["", "data:image/png;base64,", "data:;base64,"])
+def test_control_images_are_stored_as_sent_under_their_hash(place: Path, prefix: str) -> None:
+    data = png(33, 17)
+    text = prefix + base64_png(33, 17)
+    spec = admitted(place, body(model="flux_kontext", prompt={"ctrl_img": text}))
+    (key,) = spec.prompts[0].controls
+    assert key == content_key(data)
+    assert DirectoryStore(place / "outputs").get(key) == data
+
+
+@pytest.mark.parametrize("slot", ["ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3"])
+def test_a_numbered_control_image_wins_over_the_plain_one(place: Path, slot: str) -> None:
+    request = body(model="flux_kontext", prompt={"ctrl_img": base64_png(8, 8), slot: base64_png(9, 9)})
+    assert admitted(place, request).prompts[0].controls == (content_key(png(9, 9)),)
+
+
+def test_animations_and_alpha_are_pictures_too(place: Path) -> None:
+    frames = [Image.new("P", (8, 8), index) for index in range(3)]
+    gif, rgba = io.BytesIO(), io.BytesIO()
+    frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:])
+    Image.new("LA", (8, 8)).save(rgba, "PNG")
+    for picture in (gif, rgba):
+        text = base64.b64encode(picture.getvalue()).decode()
+        spec = admitted(place, body(model="flux_kontext", prompt={"ctrl_img": text}))
+        assert spec.prompts[0].controls == (content_key(picture.getvalue()),)

@@ -1,0 +1,284 @@
+"""Every refusal: its code, status and details, its place in the order, and that nothing was stored."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.catalog import CATALOG
+from tests.serve_app.conftest import Service, base64_png, body, kontext_body, png
+
+SECRET = "Sg7secret"
+
+TWO_LORAS = [{"path": "style.safetensors"}, {"path": f"https://me:{SECRET}@host/b?sig={SECRET}"}]
+
+OVERSIZED = base64.b64encode(png(8192, 4097)).decode()
+
+GIF_HEADER_ONLY = base64.b64encode(b"GIF89a\xff\xff\xff\xff\x80\x00\x00").decode()
+
+
+def _damaged_png() -> str:
+    whole = png(64, 64)
+    return base64.b64encode(whole[: len(whole) // 2]).decode()
+
+
+MODEL_RULES: dict[str, dict[str, Any]] = {
+    "MODEL_NOT_FOUND": {"model": "flux9"},
+    "LORA_FILE_REQUIRED": {"loras": []},
+    "MOE_FORMAT_NOT_SUPPORTED": {"loras": [{**lora, "transformer": "low"} for lora in TWO_LORAS]},
+    "SINGLE_LORA_ONLY": {"loras": [{"path": "missing.safetensors"}, {"path": "style.safetensors"}]},
+    "LORA_NOT_FOUND": {"loras": [{"path": "missing.safetensors"}]},
+    "CONTROL_IMAGE_REQUIRED": {"model": "flux_kontext"},
+}
+"""What breaks each rule, in the order of the checks."""
+
+OTHERS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("TOO_MANY_PROMPTS", body(prompts=[{"prompt": "a"}] * 101), {"prompts": 101, "most": 100}),
+    ("PROMPT_TOO_LONG", body(prompt={"prompt": "a" * 10_001}), {"prompt_index": 0, "most": 10_000}),
+    ("PROMPT_TOO_LONG", body(prompt={"neg": "a" * 10_001}), {"prompt_index": 0, "most": 10_000}),
+    ("PROMPT_TOO_LONG", body(trigger_word="a" * 10_001), {"prompt_index": 0, "most": 10_000}),
+    (
+        "PROMPT_TOO_LONG",
+        body(prompts=[{"prompt": "a"}, {"prompt": "[trigger]" * 1000}], trigger_word="eleven char"),
+        {"prompt_index": 1, "most": 10_000},
+    ),
+    ("RESOLUTION_NOT_SUPPORTED", body(prompt={"resolution": "High"}), {"model": "flux", "prompt_index": 0}),
+    ("SECRET_KEY_REQUIRED", body(hf_token=SECRET), {}),
+    (
+        "TOO_MANY_CONTROL_IMAGES",
+        kontext_body(ctrl_img_1=base64_png(), ctrl_img_3=base64_png()),
+        {"model": "flux_kontext", "prompt_index": 0, "most": 1},
+    ),
+]
+
+URLS = [
+    "http://127.0.0.1:8265/",
+    "https://huggingface.co/a/b/blob/main/c.safetensors",
+    f"https://me:{SECRET}@host/a.safetensors?X-Amz-Signature={SECRET}",
+    "file:///etc/passwd",
+    "ftp://host/a.safetensors",
+    "gopher://host",
+    "s3://other-bucket/a.safetensors",
+    "hf://org/repo/a.safetensors@main",
+    "HTTPS://HOST/a.safetensors",
+]
+
+BAD_IMAGES = {
+    "not base64": "@@@",
+    "wrong length": "abc",
+    "empty data uri": "data:image/png;base64,",
+    "data uri that is not base64": "data:image/svg+xml,<svg/>",
+    "text": base64.b64encode(b"just text").decode(),
+    "html": base64.b64encode(b"<html>login</html>").decode(),
+    "svg": base64.b64encode(b'<svg xmlns="http://www.w3.org/2000/svg"/>').decode(),
+    "eps": base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n").decode(),
+    "truncated": _damaged_png(),
+    "no pixels": GIF_HEADER_ONLY,
+    "too many pixels": OVERSIZED,
+    "garbage after good base64": base64_png() + "@",
+    "not ascii": "ü" * 8,
+}
+
+
+def refused(service: Service, request: dict[str, Any]) -> tuple[str, dict[str, Any], int]:
+    """Post a request that must be refused with an error of ours; check that it left nothing behind."""
+    before = service.stored
+    answer = service.post(request)
+    assert service.stored == before
+    assert SECRET not in answer.text
+    error = answer.json()["detail"]["error"]
+    assert set(answer.json()["detail"]) == {"error"}
+    assert set(error) == {"code", "message", "details"}
+    assert error["message"].endswith(".")
+    return error["code"], error["details"], answer.status_code
+
+
+@pytest.mark.parametrize("code", MODEL_RULES)
+def test_each_rule_of_the_models(service: Service, code: str) -> None:
+    found, details, status = refused(service, body(**MODEL_RULES[code]))
+    assert (found, status) == (code, 400)
+    match code:
+        case "MODEL_NOT_FOUND":
+            assert details == {"supported_models": list(CATALOG)}
+        case "LORA_FILE_REQUIRED":
+            assert details == {"loras": []}
+        case "MOE_FORMAT_NOT_SUPPORTED":
+            assert details["loras"][0] == {
+                "path": "style.safetensors",
+                "transformer": "low",
+                "network_multiplier": None,
+            }
+            assert details["loras"][1]["path"] == "https://***"
+        case "SINGLE_LORA_ONLY":
+            assert [lora["path"] for lora in details["loras"]] == ["missing.safetensors", "style.safetensors"]
+        case "LORA_NOT_FOUND":
+            assert details["lora_path"] == "missing.safetensors"
+        case "CONTROL_IMAGE_REQUIRED":
+            assert details == {"model": "flux_kontext", "prompt_index": 0}
+
+
+@pytest.mark.parametrize(("first", "second"), [*itertools.combinations(MODEL_RULES, 2)])
+def test_of_two_broken_rules_the_first_answers(service: Service, first: str, second: str) -> None:
+    request = body(**MODEL_RULES[second] | MODEL_RULES[first])
+    assert refused(service, request)[0] == first
+
+
+@pytest.mark.parametrize("first", MODEL_RULES)
+@pytest.mark.parametrize("ours", range(len(OTHERS)), ids=[code for code, _, _ in OTHERS])
+def test_the_rules_of_the_reference_come_before_our_bounds(service: Service, first: str, ours: int) -> None:
+    request = OTHERS[ours][1] | MODEL_RULES[first]
+    if first == "CONTROL_IMAGE_REQUIRED":
+        request["prompts"] = [*request["prompts"], {"prompt": "no image"}]
+    assert refused(service, request)[0] == first
+
+
+@pytest.mark.parametrize(("code", "request_body", "details"), OTHERS, ids=[code for code, _, _ in OTHERS])
+def test_our_bounds(
+    service: Service, code: str, request_body: dict[str, Any], details: dict[str, Any]
+) -> None:
+    assert refused(service, request_body) == (code, details, 400)
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_no_url_is_fetched_yet(service: Service, url: str) -> None:
+    code, details, status = refused(service, body(lora={"path": url}))
+    assert (code, status) == ("URL_NOT_ENABLED", 400)
+    assert details["lora_path"] == url.split("://")[0] + "://***"
+    assert refused(service, kontext_body(ctrl_img=url)) == ("URL_NOT_ENABLED", {"prompt_index": 0}, 400)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../outside.safetensors",
+        "../../../../etc/passwd",
+        "a/../../outside.safetensors",
+        "/etc/passwd",
+        "/",
+        "%2e%2e%2foutside.safetensors",
+        "..%2foutside.safetensors",
+        "%252e%252e%252foutside.safetensors",
+        "..\\outside.safetensors",
+        "http:\\\\good@evil/a.safetensors",
+        "link_out.safetensors",
+        "link_folder/outside.safetensors",
+    ],
+)
+def test_a_path_that_leaves_the_root_is_refused_whether_a_file_is_there_or_not(
+    service: Service, path: str
+) -> None:
+    root = service.settings.loras
+    outside = root.parent / "outside.safetensors"
+    link, folder = root / "link_out.safetensors", root / "link_folder"
+    if not link.is_symlink():
+        link.symlink_to(outside)
+        folder.symlink_to(root.parent)
+    outside.unlink(missing_ok=True)
+    without = refused(service, body(lora={"path": path}))
+    outside.write_bytes((root / "style.safetensors").read_bytes())
+    assert refused(service, body(lora={"path": path})) == without
+    assert (without[0], without[2]) == ("LORA_PATH_NOT_ALLOWED", 400)
+    outside.unlink()
+
+
+def _zip(file: Path) -> None:
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("data.pkl", b"")
+
+
+def _header(text: bytes, length: int | None = None) -> Callable[[Path], object]:
+    size = len(text) if length is None else length
+    return lambda file: file.write_bytes(size.to_bytes(8, "little") + text)
+
+
+BAD_LORAS: dict[str, Callable[[Path], object]] = {
+    "weights.pt": lambda file: file.write_bytes(pickle.dumps({})),
+    "weights.ckpt": lambda file: file.write_bytes(pickle.dumps({})),
+    "weights.bin": lambda file: file.write_bytes(b"x"),
+    "no_suffix": lambda file: file.write_bytes(b"x"),
+    "pickle.safetensors": lambda file: file.write_bytes(pickle.dumps({"a": 1}, protocol=2)),
+    "zip.safetensors": _zip,
+    "page.safetensors": lambda file: file.write_bytes(b"<!DOCTYPE html><html>Sign in</html>"),
+    "empty.safetensors": lambda file: file.write_bytes(b""),
+    "folder.safetensors": lambda file: file.mkdir(),
+    "pipe.safetensors": os.mkfifo,
+    "huge_length.safetensors": _header(b"{}", 2**63),
+    "longer_than_file.safetensors": _header(b"{}", 1000),
+    "deep.safetensors": _header(b'{"a":' * 100_000),
+    "duplicate.safetensors": _header(b'{"a": 1, "a": 2}'),
+    "out_of_range.safetensors": _header(b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}'),
+    "no_numbers.safetensors": _header(b'{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}'),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LORAS)
+def test_what_is_no_intact_safetensors_file_is_refused(service: Service, name: str) -> None:
+    file = service.settings.loras / name
+    BAD_LORAS[name](file)
+    code, details, status = refused(service, body(lora={"path": name}))
+    assert (code, status) == ("LORA_FORMAT_NOT_SUPPORTED", 400)
+    assert details["lora_path"] == name
+    assert details["reason"]
+
+
+@pytest.mark.parametrize("path", ["", ".", "style", "style.safetensors/x", "a" * 300, "x/y/z.safetensors"])
+def test_a_path_that_names_no_lora(service: Service, path: str) -> None:
+    code, details, status = refused(service, body(lora={"path": path}))
+    # The root itself is there, but it is no file.
+    assert code == ("LORA_FORMAT_NOT_SUPPORTED" if path in ("", ".") else "LORA_NOT_FOUND")
+    assert (details["lora_path"], status) == (path, 400)
+
+
+def test_paths_inside_the_root_are_taken_in_every_form(service: Service) -> None:
+    root = service.settings.loras
+    (root / "deep").mkdir()
+    (root / "deep" / "link.safetensors").symlink_to(root / "style.safetensors")
+    for path in (
+        "./style.safetensors",
+        "deep/../style.safetensors",
+        "deep/link.safetensors",
+        f"{root}/style.safetensors",
+    ):
+        assert service.post(body(lora={"path": path})).status_code == 200, path
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_a_bad_control_image_is_refused(service: Service, name: str) -> None:
+    request = kontext_body()
+    request["prompts"].append({"prompt": "second", "ctrl_img": BAD_IMAGES[name]})
+    code, details, status = refused(service, request)
+    # The first prompt's image is good: it must not be stored either.
+    kind = "TOO_LARGE" if name == "too many pixels" else "INVALID"
+    assert (code, status, details["prompt_index"]) == (f"CONTROL_IMAGE_{kind}", 400, 1)
+
+
+def test_a_prompt_without_image_is_named_by_its_index(service: Service) -> None:
+    request = kontext_body()
+    request["prompts"] += [{"prompt": "b", "ctrl_img_2": base64_png()}, {"prompt": "c", "ctrl_img": ""}]
+    assert refused(service, request) == (
+        "CONTROL_IMAGE_REQUIRED",
+        {"model": "flux_kontext", "prompt_index": 2},
+        400,
+    )
+
+
+def test_refusals_leave_no_trace_in_the_job_table(service: Service) -> None:
+    service.post(body(hf_token=SECRET))
+    service.post(body(lora={"path": URLS[2]}))
+    for file in service.settings.loras.parent.glob("jobs.db*"):
+        assert SECRET.encode() not in file.read_bytes()
+
+
+def test_a_refusal_is_json_whatever_the_path_holds(service: Service) -> None:
+    path = "\u202e\x1b[31m\r\n\U0001f98a.safetensors"
+    answer = service.post(body(lora={"path": path}))
+    assert json.loads(answer.text)["detail"]["error"]["details"]["lora_path"] == path
