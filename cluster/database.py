@@ -74,7 +74,7 @@ class SqliteDatabase:
         except OSError as error:
             raise StoreUnavailable(f"the job table's directory cannot be made: {error.strerror}") from error
         self._reader = _engine(file, READERS)
-        # SQLite has one writer at a time: threads take turns for its connection here, processes in `_begin`.
+        # SQLite has one writer at a time: threads take turns for its connection, processes in `_begin`.
         self._writer = _engine(file, 1)
         event.listen(self._writer, "connect", _wait_by_ourselves)
         event.listen(self._writer, "begin", _begin)
@@ -109,7 +109,7 @@ def open_database(url: str) -> SqliteDatabase:
     """
     try:
         parsed = make_url(url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         raise ValueError("the job table's URL cannot be read; use sqlite:///path/to/jobs.db") from None
     if parsed.get_backend_name() != "sqlite":
         raise ValueError(
@@ -147,7 +147,7 @@ def _engine(file: Path, connections: int) -> Engine:
 def _prepare(connection: sqlite3.Connection, _record: Any) -> None:  # noqa: ANN401
     """Set up a new connection: transactions begin where we say so, and a commit survives a power loss."""
     connection.isolation_level = None
-    connection.execute("PRAGMA journal_mode = WAL")
+    _patiently(connection, "PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
 
@@ -159,10 +159,15 @@ def _wait_by_ourselves(connection: sqlite3.Connection, _record: Any) -> None:  #
 def _begin(connection: Connection) -> None:
     """Begin with the write lock: one wanted later, after a read, could not be waited for."""
     bare: Any = connection.connection.driver_connection
+    _patiently(bare, "BEGIN IMMEDIATE")
+
+
+def _patiently(connection: sqlite3.Connection, statement: str) -> None:
+    """Execute a statement as soon as its lock is free; SQLite itself does not wait for a change of mode."""
     end = time.monotonic() + BUSY_S
     while True:
         try:
-            bare.execute("BEGIN IMMEDIATE")
+            connection.execute(statement)
             return
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:

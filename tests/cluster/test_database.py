@@ -26,6 +26,7 @@ SPAWN = multiprocessing.get_context("spawn")
     [
         "postgresql://user:s3cret@host/db",
         "mysql+pymysql://user:s3cret@host/db",
+        "postgresql://user@host:s3cret/db",
         "sqlite://",
         "sqlite:///:memory:",
         "s3cret",

@@ -107,7 +107,7 @@ def worker(tmp_path: Path, checkpoints: Path) -> Iterator[Worker]:
     queue.close()
 
 
-LONG = {"width": 256, "height": 256, "steps": 150}
+LONG: dict[str, Any] = {"width": 256, "height": 256, "steps": 150}
 
 
 def test_a_job_becomes_pictures_with_their_manifests(worker: Worker) -> None:
