@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import lru_cache
 
 from sqlalchemy import (
     ColumnElement,
@@ -28,6 +29,7 @@ def anything_ready(model: str) -> ColumnElement[bool]:
     return exists().where(_ready(_queued, model))
 
 
+@lru_cache
 def next_job(model: str, owner: str, *, age_bound_s: float, patience_s: float) -> ColumnElement[int]:
     """Return the `seq` of the job that `owner` has to claim now, NULL if there is none, as an SQL expression.
 
@@ -37,6 +39,7 @@ def next_job(model: str, owner: str, *, age_bound_s: float, patience_s: float) -
     empty, and walks one index from its oldest job on. Jobs that another transaction is about to claim are
     passed over.
     """
+    # Cached: building the expression takes as long as a claim.
     return func.coalesce(
         _oldest(model, _queued.c.created_at <= now() - age_bound_s),
         _oldest(model, _queued.c.adapter == _held_adapter_of_oldest(model, owner)),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, Table, or_, select, tuple_
+from sqlalchemy import Connection, RowMapping, Table, and_, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from cluster.jobs import IdempotencyConflict, Job, JobState, NewJob
@@ -27,10 +27,7 @@ def store(connection: Connection, insert: Insert, new: Sequence[NewJob]) -> list
     """
     statement = insert(jobs).values(created_at=now()).on_conflict_do_nothing(index_elements=_KEY)
     connection.execute(statement, [_row(job) for job in new])
-    keys = [(job.tenant, job.idempotency_key) for job in new if job.idempotency_key is not None]
-    found = or_(jobs.c.id.in_([job.id for job in new]), tuple_(*_KEY).in_(keys))
-    rows = connection.execute(select(jobs).where(found)).mappings().all()
-    stored = _match(rows, new)
+    stored = _match(_rows(connection, new), new)
     record(connection, [job for job, asked in zip(stored, new, strict=True) if job.id == asked.id])
     return stored
 
@@ -38,6 +35,18 @@ def store(connection: Connection, insert: Insert, new: Sequence[NewJob]) -> list
 def _row(job: NewJob) -> dict[str, Any]:
     empty = {"epoch": 0, "attempts": 0, "not_before": 0.0, "cancel_requested": False}
     return asdict(job) | {"state": JobState.IN_QUEUE} | empty
+
+
+def _rows(connection: Connection, new: Sequence[NewJob]) -> list[RowMapping]:
+    """Return the rows of these ids and keys; each condition is by itself, so that each uses its index."""
+    keys: dict[str, list[str]] = {}
+    for job in new:
+        if job.idempotency_key is not None:
+            keys.setdefault(job.tenant, []).append(job.idempotency_key)
+    tenant, key = _KEY
+    wanted = [jobs.c.id.in_([job.id for job in new])]
+    wanted += [and_(tenant == owner, key.in_(held)) for owner, held in keys.items()]
+    return [row for match in wanted for row in connection.execute(select(jobs).where(match)).mappings()]
 
 
 def _match(rows: Sequence[RowMapping], new: Sequence[NewJob]) -> list[Job]:

@@ -45,8 +45,8 @@ def move(
     """Move the matching jobs from state `source` to `target`, with their events; return them as they are now.
 
     `target` is an expression over the row. A job loses its lease and deadline unless `values` says otherwise,
-    and gets `finished_at` when it reaches its end. Jobs that do not match, or have left `source`,
-    stay as they are and are not returned.
+    and gets `finished_at` when it reaches its end. Jobs that do not match, or have left `source`, stay as
+    they are and are not returned.
     """
     ended = case((target.in_(_TERMINAL), now()))
     changes = {"state": target, "finished_at": ended, "lease_until": None, "deadline": None}

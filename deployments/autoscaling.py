@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
 
 YIELD_AFTER_S = 10.0
-"""Queue age at which another model's job without any replica takes an idle model's place. A replica that only
+"""Queue age at which another model's job without any replica takes idle replicas' place. A replica that only
 has to start announces itself sooner."""
 
 
@@ -40,8 +40,10 @@ class QueuePolicy:
             for model, depth in depths.items()
             if model != self._model
         )
-        if desired == 0 and starved and ctx.config is not None:
-            # This tick's own copy: Serve applies the delays of `ctx.config` after this call.
+        if starved and ctx.config is not None:
+            # Grow no further, and give up what is idle now, in this tick's own copy of the numbers: Serve
+            # applies the delays of `ctx.config` after this call.
+            desired = min(desired, max(ctx.current_num_replicas, 1))
             at_once = {"downscale_delay_s": 0.0, "downscale_to_zero_delay_s": 0.0}
             ctx.config = ctx.config.model_copy(update=at_once)
         return desired, {}

@@ -10,6 +10,7 @@ from ray import serve
 from ray.serve import Application
 
 from cluster.database import jobs_url
+from cluster.telemetry import configure_logging
 from deployments.worker import Worker, WorkerConfig
 from serve_app.numbers import GATEWAY_OPTIONS, worker_options
 from serve_app.settings import GatewayArgs, ModelsArgs, Settings
@@ -32,6 +33,7 @@ def gateway(args: GatewayArgs) -> Application:
         # Built on the replica: a live application does not travel.
         from serve_app.gateway import create_app
 
+        configure_logging()
         return create_app(args)
 
     deployment: Any = serve.deployment(serve.ingress(app)())

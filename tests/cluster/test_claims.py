@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from sqlalchemy import select
+from sqlalchemy.dialects import sqlite
+
+from cluster.claims import next_job
+from cluster.database import open_database
 from cluster.jobs import JobState
 from cluster.queue import JobQueue
 from tests.cluster.tables import MODEL, claim, let_pass, new_job, submit
@@ -117,6 +122,19 @@ def test_a_claim_in_vain_changes_nothing(queue: JobQueue) -> None:
     assert not watch.wait(0.05)
     watch.close()
     assert queue.depths()[MODEL].workers == 1
+
+
+def test_every_class_walks_an_index(queue: JobQueue, url: str) -> None:
+    order = select(next_job(MODEL, "replica", age_bound_s=60, patience_s=1))
+    statement = order.compile(dialect=sqlite.dialect(), compile_kwargs={"literal_binds": True})
+    database = open_database(url)
+    with database.read() as connection:
+        plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}")]
+    database.close()
+    walks = [step for step in plan if "queued" in step or "head" in step]
+    assert len(walks) == 5
+    assert all("INDEX jobs_by_" in step and "(state=? AND model=?" in step for step in walks)
+    assert sum("TEMP B-TREE" in step for step in plan) == 1, "the replica's own few adapters"
 
 
 def test_a_claim_announces_its_replica(queue: JobQueue) -> None:

@@ -106,6 +106,18 @@ def test_an_idle_model_yields_at_once_to_one_that_waits_without_replica(queue: J
     wait_until(lambda: decided(policy, current=1, downscale_to_zero_delay_s=300.0) == 1, 5, "no more need")
 
 
+def test_a_model_does_not_grow_while_another_waits_for_its_first_replica(queue: JobQueue, url: str) -> None:
+    policy = QueuePolicy("flux", url)
+    submit(queue, "sdxl")
+    for _ in range(3):
+        submit(queue, "flux")
+    wait_until(lambda: decided(policy, current=1) == 3, 5, "growth while nobody starves")
+    with open_database(url).write() as connection:
+        connection.execute(update(jobs).values(created_at=jobs.c.created_at - 2 * YIELD_AFTER_S))
+    wait_until(lambda: decided(policy, current=1, target=3, downscale_delay_s=300.0) == 1, 5, "restraint")
+    assert decided(policy, current=0) == 1
+
+
 def test_a_busy_model_does_not_yield(queue: JobQueue, url: str) -> None:
     policy = QueuePolicy("flux", url)
     submit(queue, "sdxl")
