@@ -146,11 +146,11 @@ def _serve(models: list[str], port: int) -> None:
     from serve_app import build_gateway, build_models
     from serve_app.settings import GatewayArgs, ModelsArgs
 
-    logging.getLogger("ray").setLevel(logging.WARNING)
     with console.status("Starting Ray Serve"):
         cpus = max(os.cpu_count() or 1, 4)
         ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         serve.start(http_options={"host": "127.0.0.1", "port": port})
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.run(build_gateway(GatewayArgs()), name="gateway", route_prefix="/")
         for family in sorted({CATALOG[model].family for model in models}):
             members = tuple(model for model in models if CATALOG[model].family == family)
