@@ -37,6 +37,19 @@ class JobObserver(Observer, Protocol):
         ...
 
 
+class Unwatched:
+    """Observer of a job that nobody follows."""
+
+    def begin_prompt(self, index: int) -> None:
+        """Nothing to tell."""
+
+    def on_phase(self, phase: Phase) -> None:
+        """Nothing to tell."""
+
+    def on_step(self, done: int, total: int) -> None:
+        """Nothing to tell."""
+
+
 @dataclass(slots=True)
 class Report:
     """What a job tells beside its outputs: warnings, seconds by part, and the sha256 of its adapters."""

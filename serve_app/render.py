@@ -13,30 +13,17 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from cluster.jobs import JobFailure, Phase
+from cluster.jobs import JobFailure
 from cluster.objects import DirectoryStore, ObjectStore
 from deployments.catalog import CATALOG
 from deployments.checkpoints import Checkpoints
 from deployments.engine import Engine
 from deployments.media import encode
-from deployments.rendering import Rendered, Report, render_job
+from deployments.rendering import Rendered, Report, Unwatched, render_job
 from serve_app.admission import admit
 from serve_app.errors import Refusal
 from serve_app.schemas import InferenceRequest
 from serve_app.settings import Settings
-
-
-class _Unwatched:
-    """Follows a job that nobody watches."""
-
-    def begin_prompt(self, index: int) -> None:
-        """Nothing to tell."""
-
-    def on_phase(self, phase: Phase) -> None:
-        """Nothing to tell."""
-
-    def on_step(self, done: int, total: int) -> None:
-        """Nothing to tell."""
 
 
 def render_files(files: Sequence[Path], settings: Settings, out: Path, file_format: str) -> int:
@@ -76,7 +63,7 @@ def _render_file(
         engine = _engine(spec.model, settings, engines)
         report = Report()
         rendered = render_job(
-            engine, spec, loras=settings.loras, store=store, observer=_Unwatched(), report=report
+            engine, spec, loras=settings.loras, store=store, observer=Unwatched(), report=report
         )
         outputs = [_write(item, folder, file_format) for item in rendered]
     except OSError as error:

@@ -8,21 +8,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cluster.jobs import Phase
 from deployments.engine import Engine
 from deployments.loras.references import open_lora
 from deployments.render import PromptSpec
+from deployments.rendering import Unwatched
 from tests.parity.cases import FOLDER
-
-
-class Unwatched:
-    """Follows a prompt or a job without a word."""
-
-    def begin_prompt(self, index: int) -> None: ...
-
-    def on_phase(self, phase: Phase) -> None: ...
-
-    def on_step(self, done: int, total: int) -> None: ...
 
 
 class Studio:

@@ -24,13 +24,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cluster.jobs import Phase
 from cluster.objects import DirectoryStore
 from cluster.queue import JobQueue
 from deployments.catalog import CATALOG
 from deployments.checkpoints import Checkpoints
 from deployments.engine import Engine
-from deployments.rendering import Report, render_job
+from deployments.rendering import Report, Unwatched, render_job
 from deployments.tiny import write_tiny_checkpoints, write_tiny_lora
 from serve_app.admission import admit
 from serve_app.schemas import InferenceRequest
@@ -61,19 +60,11 @@ class Loop:
             spec,
             loras=self._settings.loras,
             store=self._store,
-            observer=_Unwatched(),
+            observer=Unwatched(),
             report=Report(),
         ):
             pass
         return time.perf_counter() - started
-
-
-class _Unwatched:
-    def begin_prompt(self, index: int) -> None: ...
-
-    def on_phase(self, phase: Phase) -> None: ...
-
-    def on_step(self, done: int, total: int) -> None: ...
 
 
 def body(lora: str, seed: int, *, size: int = 64, steps: int = 2) -> dict[str, Any]:
