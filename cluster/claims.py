@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from functools import lru_cache
+from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
     FromClause,
+    Select,
     and_,
     delete,
     exists,
     func,
-    insert,
     select,
-    update,
 )
 
+from cluster.database import Insert
 from cluster.jobs import JobState
-from cluster.schema import jobs, now, warm, workers
+from cluster.schema import job_outputs, jobs, now, warm, workers
 
 _queued = jobs.alias("queued")
 
@@ -42,24 +43,38 @@ def next_job(model: str, owner: str, *, age_bound_s: float, patience_s: float) -
     # Cached: building the expression takes as long as a claim.
     return func.coalesce(
         _oldest(model, _queued.c.created_at <= now() - age_bound_s),
-        _oldest(model, _queued.c.adapter == _held_adapter_of_oldest(model, owner)),
+        _oldest_of(model, _held_adapter_of_oldest(model, owner)),
         _oldest(model, ~_held_by_a_replica()),
         _oldest(model, _queued.c.created_at <= now() - patience_s),
     )
 
 
-def announce(connection: Connection, owner: str, model: str, adapters: Collection[str]) -> None:
+def announce(
+    connection: Connection, insert: Insert, owner: str, model: str, adapters: Collection[str]
+) -> None:
     """Record that the replica is alive now and holds exactly these adapters."""
-    present = update(workers).where(workers.c.owner == owner).values(model=model, seen_at=now())
+    present = {"model": model, "seen_at": now()}
+    row = insert(workers).values(owner=owner, **present)
     # The row's lock also orders announcements of one replica by several threads.
-    if not connection.execute(present).rowcount:
-        connection.execute(insert(workers).values(owner=owner, model=model, seen_at=now()))
+    connection.execute(row.on_conflict_do_update(index_elements=[workers.c.owner], set_=present))
     known = set(connection.scalars(select(warm.c.adapter).where(warm.c.owner == owner)))
     gone, new = known.difference(adapters), set(adapters) - known
     if gone:
         connection.execute(delete(warm).where(warm.c.owner == owner, warm.c.adapter.in_(gone)))
     if new:
         connection.execute(insert(warm), [{"owner": owner, "adapter": adapter} for adapter in new])
+
+
+def hold(connection: Connection, insert: Insert, owner: str, adapter: str) -> None:
+    """Record that the replica, which has announced itself, is about to hold one more adapter."""
+    connection.execute(insert(warm).values(owner=owner, adapter=adapter).on_conflict_do_nothing())
+
+
+def baggage(connection: Connection, job_id: str) -> tuple[str | None, frozenset[int]]:
+    """Return the job's secret, and the indexes of the prompts whose outputs are recorded."""
+    both = select(jobs.c.secret, job_outputs.c.prompt_index).outerjoin(job_outputs).where(jobs.c.id == job_id)
+    rows = connection.execute(both).all()
+    return rows[0][0], frozenset(index for _, index in rows if index is not None)
 
 
 def adapters_running(connection: Connection, owner: str) -> set[str]:
@@ -73,8 +88,26 @@ def _ready(table: FromClause, model: str) -> ColumnElement[bool]:
 
 
 def _oldest(model: str, condition: ColumnElement[bool]) -> ColumnElement[int]:
-    chosen = select(_queued.c.seq).where(_ready(_queued, model), condition)
-    first = chosen.order_by(_queued.c.created_at, _queued.c.seq).limit(1)
+    return _first(select(_queued.c.seq).where(_ready(_queued, model), condition), _queued.c.created_at)
+
+
+def _oldest_of(model: str, adapter: ColumnElement[str]) -> ColumnElement[int]:
+    chosen = select(_queued.c.seq).where(_ready(_queued, model), _is(_queued.c.adapter, adapter))
+    return _first(chosen, _queued.c.adapter, _queued.c.created_at)
+
+
+def _is(column: ColumnElement[str], value: ColumnElement[str]) -> ColumnElement[bool]:
+    """Match equality, written as a range.
+
+    With the order "adapter, created_at" it can only be had from the index `jobs_by_adapter`. After a plain
+    comparison PostgreSQL drops the adapter from the order, and then, with statistics that are absent or of
+    an empty queue, walks `jobs_by_age` through all other adapters' jobs.
+    """
+    return column.between(value, value)
+
+
+def _first(ready: Select[Any], *order: ColumnElement[Any]) -> ColumnElement[int]:
+    first = ready.order_by(*order, _queued.c.seq).limit(1)
     return first.with_for_update(skip_locked=True).scalar_subquery()
 
 
@@ -84,9 +117,12 @@ def _held_adapter_of_oldest(model: str, owner: str) -> ColumnElement[str]:
     One probe of the index for each adapter held: an IN list would sort all their jobs.
     """
     head = jobs.alias("head")
-    since = select(func.min(head.c.created_at)).where(_ready(head, model), head.c.adapter == warm.c.adapter)
-    held = select(warm.c.adapter).where(warm.c.owner == owner)
-    return held.order_by(since.correlate(warm).scalar_subquery().nulls_last()).limit(1).scalar_subquery()
+    ready = and_(_ready(head, model), _is(head.c.adapter, warm.c.adapter))
+    first = select(head.c.created_at).where(ready).order_by(head.c.adapter, head.c.created_at).limit(1)
+    since = first.correlate(warm).scalar_subquery()
+    held = select(warm.c.adapter).where(warm.c.owner == owner).order_by(since.nulls_last()).limit(1)
+    # A common table: it is named twice and has to be evaluated once.
+    return select(held.cte("held").c.adapter).scalar_subquery()
 
 
 def _held_by_a_replica() -> ColumnElement[bool]:

@@ -1,39 +1,25 @@
-"""Where the job table is: connections, transactions and the change feed of its database."""
+"""Where the job table is, and what its database has to offer: transactions and a change feed."""
 
 from __future__ import annotations
 
-import json
 import os
-import sqlite3
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.dialects import sqlite
+from sqlalchemy import Connection, Table
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, OperationalError
-from sqlalchemy.exc import TimeoutError as NoConnection
+from sqlalchemy.exc import ArgumentError
 
-from cluster.jobs import StoreUnavailable
+from cluster.postgres import PostgresDatabase
+from cluster.sqlite import SqliteDatabase
 
-BUSY_S = 5.0
-"""How long a write of another process, or a turn for a connection, is waited for before the table counts as
-away."""
+Insert = Callable[[Table], sqlite.Insert | postgresql.Insert]
+"""A dialect's own INSERT, which knows ON CONFLICT."""
 
-READERS = 8
-"""Connections for reading that the threads of one process share; one more writes."""
-
-TURN_S = 0.001
-"""How often a process that waits to write looks whether it can. SQLite's own waiting backs off to 0.1 s; with
-four processes that write without a pause it kept one out for 2.6 s, this for 0.2 s (measured)."""
-
-POLL_S = 0.02
-"""How often a watch looks at SQLite's change counter; a look costs some microseconds."""
+_FORMS = "use sqlite:///path/to/jobs.db or postgresql://user:password@host/database"
 
 
 def jobs_url(configured: str) -> str:
@@ -48,167 +34,74 @@ class Watch(Protocol):
     """Tells one thread when the job table may have changed; every waiting thread needs its own."""
 
     def wait(self, timeout: float) -> bool:
-        """Block up to `timeout` seconds; True as soon as something was committed since the last True.
+        """Block up to `timeout` seconds; True as soon as a job changed its state since the last True.
 
-        Time alone wakes nobody: a job in back-off becomes claimable without a change of the table. While the
-        table is away nothing is told.
+        Time alone wakes nobody: a job in back-off becomes claimable without a change of the table. True may
+        also mean that a change could have gone unnoticed.
         """
         ...
 
     def close(self) -> None:
-        """Give the connection back; a thread that waits returns False."""
+        """End the watch; a thread that waits returns False."""
         ...
 
 
-class SqliteDatabase:
-    """A job table in one SQLite file, for the processes of one machine."""
+class Database(Protocol):
+    """A database that holds the job table, shared by the threads of a process.
 
-    insert = staticmethod(sqlite.insert)
-    """The dialect's own INSERT, which knows ON CONFLICT."""
+    Everything raises `StoreUnavailable` when the database cannot be reached.
+    """
 
-    def __init__(self, file: Path) -> None:
-        """Name the file, absolute; its directory is made, the file comes with the first write."""
-        self._file = file
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreUnavailable(f"the job table's directory cannot be made: {error.strerror}") from error
-        self._reader = _engine(file, READERS)
-        # SQLite has one writer at a time: threads take turns for its connection, processes in `_begin`.
-        self._writer = _engine(file, 1)
-        event.listen(self._writer, "connect", _wait_by_ourselves)
-        event.listen(self._writer, "begin", _begin)
+    @property
+    def insert(self) -> Insert:
+        """The dialect's own INSERT."""
+        ...
 
-    @contextmanager
-    def read(self) -> Iterator[Connection]:
+    def read(self) -> AbstractContextManager[Connection]:
         """Yield a connection whose statements each see the newest commit and wait for no writer."""
-        with _reachable(), self._reader.connect() as connection:
-            yield connection
+        ...
 
-    @contextmanager
-    def write(self) -> Iterator[Connection]:
-        """Yield a connection in a transaction that is alone in writing; on leaving it is on disk."""
-        with _reachable(), self._writer.begin() as connection:
-            yield connection
+    def write(self) -> AbstractContextManager[Connection]:
+        """Yield a connection in a transaction; on leaving it is on disk, after an error it is undone."""
+        ...
+
+    def alone(self) -> AbstractContextManager[Connection]:
+        """As `write`, with no other such transaction beside it and time for changes of the schema."""
+        ...
 
     def watch(self) -> Watch:
-        """Return a new watch of the file."""
-        return _SqliteWatch(self._file)
+        """Return a new watch of the whole table."""
+        ...
 
     def close(self) -> None:
         """Close all connections that are not in use."""
-        self._reader.dispose()
-        self._writer.dispose()
+        ...
 
 
-def open_database(url: str) -> SqliteDatabase:
-    """Return the database at `sqlite:///PATH`; a relative path starts at the working directory.
+def open_database(url: str) -> Database:
+    """Return the database at `sqlite:///PATH` or `postgresql://...`, not connected yet.
 
-    Raises `ValueError` for any other URL, without repeating it, and `StoreUnavailable` when its directory
-    cannot be made.
+    A relative path starts at the working directory. `JOBS_LISTEN_URL` of the environment names the same
+    PostgreSQL database past a connection pooler, for its change feed. Raises `ValueError` for any other URL,
+    without repeating it, and `StoreUnavailable` when the directory of a file cannot be made.
     """
-    try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):
-        raise ValueError("the job table's URL cannot be read; use sqlite:///path/to/jobs.db") from None
+    parsed = _parsed(url)
+    if parsed.get_backend_name() == "postgresql":
+        listen = os.environ.get("JOBS_LISTEN_URL")
+        return PostgresDatabase(parsed, _parsed(listen) if listen else parsed)
     if parsed.get_backend_name() != "sqlite":
-        raise ValueError(
-            f"{parsed.get_backend_name()} is not supported as job table; use sqlite:///path/to/jobs.db"
-        )
+        raise ValueError(f"{parsed.get_backend_name()} is not supported as job table; {_FORMS}")
     if not parsed.database or parsed.database == ":memory:":
-        raise ValueError("the job table is shared by processes and needs a file: sqlite:///path/to/jobs.db")
+        raise ValueError(f"the job table is shared by processes and needs a file; {_FORMS}")
     return SqliteDatabase(Path(parsed.database).absolute())
 
 
-@contextmanager
-def _reachable() -> Iterator[None]:
-    """Turn a locked, absent, full or unreadable store into `StoreUnavailable`."""
+def _parsed(url: str) -> URL:
     try:
-        yield
-    except OperationalError as error:
-        raise StoreUnavailable(f"the job table cannot be reached: {error.orig}") from error
-    except (NoConnection, sqlite3.OperationalError) as error:
-        raise StoreUnavailable(f"the job table cannot be reached: {error}") from error
-
-
-def _engine(file: Path, connections: int) -> Engine:
-    engine = create_engine(
-        URL.create("sqlite", database=str(file)),
-        connect_args={"timeout": BUSY_S},
-        pool_size=connections,
-        max_overflow=0,
-        pool_timeout=BUSY_S,
-        json_serializer=partial(json.dumps, allow_nan=False),
-    )
-    event.listen(engine, "connect", _prepare)
-    return engine
-
-
-def _prepare(connection: sqlite3.Connection, _record: Any) -> None:  # noqa: ANN401
-    """Set up a new connection: transactions begin where we say so, and a commit survives a power loss."""
-    connection.isolation_level = None
-    _patiently(connection, "PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
-
-
-def _wait_by_ourselves(connection: sqlite3.Connection, _record: Any) -> None:  # noqa: ANN401
-    connection.execute("PRAGMA busy_timeout = 0")
-
-
-def _begin(connection: Connection) -> None:
-    """Begin with the write lock: one wanted later, after a read, could not be waited for."""
-    bare: Any = connection.connection.driver_connection
-    _patiently(bare, "BEGIN IMMEDIATE")
-
-
-def _patiently(connection: sqlite3.Connection, statement: str) -> None:
-    """Execute a statement as soon as its lock is free; SQLite itself does not wait for a change of mode."""
-    end = time.monotonic() + BUSY_S
-    while True:
-        try:
-            connection.execute(statement)
-            return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
-                raise
-        time.sleep(TURN_S)
-
-
-class _SqliteWatch:
-    """Polls the counter that SQLite raises when another connection commits."""
-
-    def __init__(self, file: Path) -> None:
-        self._closed = threading.Event()
-        self._lock = threading.Lock()
-        with _reachable():
-            self._connection = sqlite3.connect(file, timeout=0, check_same_thread=False)
-        self._seen = -1
-        self._seen = self._version()
-
-    def wait(self, timeout: float) -> bool:
-        end = time.monotonic() + timeout
-        while not self._closed.is_set():
-            version = self._version()
-            if version != self._seen:
-                self._seen = version
-                return True
-            left = end - time.monotonic()
-            if left <= 0:
-                break
-            self._closed.wait(min(POLL_S, left))
-        return False
-
-    def close(self) -> None:
-        with self._lock:
-            self._closed.set()
-            self._connection.close()
-
-    def _version(self) -> int:
-        with self._lock:
-            if self._closed.is_set():
-                return self._seen
-            try:
-                return self._connection.execute("PRAGMA data_version").fetchone()[0]
-            except sqlite3.OperationalError:
-                return self._seen
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise ValueError(f"the job table's URL cannot be read; {_FORMS}") from None
+    if "@" in (parsed.host or ""):
+        # The host's name is told in errors, and here it has the rest of a password in it.
+        raise ValueError(f"an @ in the job table's user or password has to be written as %40; {_FORMS}")
+    return parsed

@@ -1,11 +1,13 @@
-"""What no worker can do for its jobs: bring back those of lost workers, and end those that run too long."""
+"""What no worker can do for its jobs: bring back the lost, end those that run too long, forget the old."""
 
 from __future__ import annotations
+
+from collections.abc import Collection, Sequence
 
 from sqlalchemy import Connection, delete, select
 
 from cluster.jobs import FailureCode, JobState
-from cluster.schema import jobs, locks, now, workers
+from cluster.schema import job_events, jobs, locks, now, workers
 from cluster.transitions import again_or_failed, end_run, literal_state
 
 
@@ -35,3 +37,17 @@ def sweep(connection: Connection, *, max_attempts: int, run_timeout_s: float, pr
     )
     connection.execute(delete(workers).where(workers.c.seen_at <= now() - presence_s))
     return len(lost) + len(late)
+
+
+def expired(connection: Connection, older_than_s: float, limit: int) -> Sequence[str]:
+    """Return the ids of at most `limit` jobs that ended `older_than_s` seconds ago or earlier."""
+    old = select(jobs.c.id).where(jobs.c.finished_at <= now() - older_than_s)
+    return list(connection.scalars(old.order_by(jobs.c.finished_at).limit(limit)))
+
+
+def forget(connection: Connection, job_ids: Collection[str]) -> int:
+    """Delete those of the jobs that are at their end, with outputs and events; return how many."""
+    ended = delete(jobs).where(jobs.c.id.in_(job_ids), jobs.c.finished_at.is_not(None)).returning(jobs.c.id)
+    gone = list(connection.scalars(ended))
+    connection.execute(delete(job_events).where(job_events.c.job_id.in_(gone)))
+    return len(gone)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -78,7 +78,8 @@ class NewJob:
 
     `spec` is JSON and opaque to this layer; `adapter` names the LoRA set of the job, so that claims can
     prefer replicas that already hold it. `tenant` is the owner of the job and of its idempotency key
-    (empty while the service is open), `fingerprint` the hash of the request body behind that key.
+    (empty while the service is open), `fingerprint` the hash of the request body behind that key. `secret` is
+    ciphertext for the job's worker alone, erased when the job has come to its end.
     """
 
     id: str
@@ -88,6 +89,7 @@ class NewJob:
     tenant: str = ""
     idempotency_key: str | None = None
     fingerprint: str | None = None
+    secret: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,12 +133,14 @@ class Claim:
     """A lease on a job: writes under it carry owner and epoch, and are refused once either changed.
 
     `done` are the indexes of prompts whose outputs an earlier attempt recorded: they are not rendered again.
+    `secret` is that of the `NewJob`.
     """
 
     job: Job
     owner: str
     epoch: int
     done: frozenset[int] = frozenset()
+    secret: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,17 +6,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, exists, func, select, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, exists, select, update
 
-from cluster import claims, janitor, submission
+from cluster import claims, janitor, reports
 from cluster.database import Watch, open_database
+from cluster.group_commit import GroupCommit
 from cluster.jobs import Claim, Depth, Job, JobEvent, JobState, Lease, LeaseLost, NewJob, Progress
 from cluster.migrations import upgrade
 from cluster.schema import job_events, job_outputs, jobs, now, workers
 from cluster.telemetry import redact
-from cluster.transitions import again_or_failed, end_run, held_by, job_of, literal_state, move
-
-_LIVE = [state for state in JobState if not state.terminal]
+from cluster.transitions import again_or_failed, cancel, end_run, held_by, job_of, literal_state, move
 
 
 class JobQueue:
@@ -49,7 +48,8 @@ class JobQueue:
         self._max_attempts = max_attempts
         self._age_bound_s = age_bound_s
         self._database = open_database(url)
-        with self._database.write() as connection:
+        self._submissions = GroupCommit(self._database)
+        with self._database.alone() as connection:
             upgrade(connection)
 
     def close(self) -> None:
@@ -65,12 +65,10 @@ class JobQueue:
     def submit(self, new: Sequence[NewJob]) -> list[Job]:
         """Store all jobs or none; return them in order, the earlier job where an idempotency key is known.
 
-        Raises `IdempotencyConflict` if the job behind a key has another fingerprint.
+        Submissions of several threads share transactions, each with its own outcome. Raises
+        `IdempotencyConflict` if the job behind a key has another fingerprint.
         """
-        if not new:
-            return []
-        with self._database.write() as connection:
-            return submission.store(connection, self._database.insert, new)
+        return self._submissions.submit(new) if new else []
 
     def find(self, tenant: str, idempotency_key: str) -> Job | None:
         """Return the job that holds the tenant's idempotency key."""
@@ -105,14 +103,30 @@ class JobQueue:
         """
         if job.state is not JobState.IN_QUEUE:
             return None
-        queued = and_(jobs.c.state == JobState.IN_QUEUE, jobs.c.model == job.model)
-        before = and_(jobs.c.created_at <= job.created_at, jobs.c.seq < job.seq)
         with self._database.read() as connection:
-            return connection.scalar(select(func.count()).where(queued, before))
+            return reports.ahead(connection, job)
+
+    def waiting(self, tenant: str) -> tuple[int, int]:
+        """Return how many jobs are queued, in all and of the tenant."""
+        with self._database.read() as connection:
+            return reports.waiting(connection, tenant)
+
+    def list(
+        self,
+        tenant: str,
+        *,
+        state: JobState | None = None,
+        model: str | None = None,
+        limit: int = 50,
+        before: int | None = None,
+    ) -> Sequence[Job]:
+        """Return at most `limit` jobs of the tenant, newest first, with a `seq` below `before`."""
+        with self._database.read() as connection:
+            return reports.page(connection, tenant, state=state, model=model, limit=limit, before=before)
 
     def finished(self, job_ids: Collection[str]) -> set[str]:
         """Return which of the jobs have come to their end, or are unknown."""
-        live = select(jobs.c.id).where(jobs.c.id.in_(job_ids), jobs.c.state.in_(_LIVE))
+        live = select(jobs.c.id).where(jobs.c.id.in_(job_ids), jobs.c.state.in_(reports.LIVE))
         with self._database.read() as connection:
             return set(job_ids).difference(connection.scalars(live))
 
@@ -122,20 +136,7 @@ class JobQueue:
         The second value tells whether the job was still to be canceled; one that has ended is left as it is.
         """
         with self._database.write() as connection:
-            found = select(jobs).where(jobs.c.id == job_id).with_for_update()
-            row = connection.execute(found).mappings().one_or_none()
-            if row is None:
-                return None
-            if row["state"] == JobState.IN_QUEUE:
-                target = literal_state(JobState.CANCELED)
-                (job,) = move(
-                    connection, JobState.IN_QUEUE, target, jobs.c.id == job_id, cancel_requested=True
-                )
-                return job, True
-            if row["state"] == JobState.IN_PROGRESS:
-                request = update(jobs).where(jobs.c.id == job_id).values(cancel_requested=True)
-                return job_of(connection.execute(request.returning(jobs)).mappings().one()), True
-            return job_of(row), False
+            return cancel(connection, job_id)
 
     # --- Workers ---
 
@@ -143,7 +144,7 @@ class JobQueue:
         """Record that a replica is alive and which adapters it holds; those of its running jobs are added."""
         with self._database.write() as connection:
             held = claims.adapters_running(connection, owner) | set(warm)
-            claims.announce(connection, owner, model, held)
+            claims.announce(connection, self._database.insert, owner, model, held)
 
     def withdraw(self, owner: str) -> None:
         """Forget a replica and what it held. Its claims stay as they are."""
@@ -164,16 +165,15 @@ class JobQueue:
             if not connection.scalar(select(claims.anything_ready(model))):
                 return None
         with self._database.write() as connection:
-            claims.announce(connection, owner, model, warm)
+            claims.announce(connection, self._database.insert, owner, model, warm)
             job = self._take(connection, model, owner, patience_s)
             if job is None:
                 # Nothing is committed, so that nobody wakes who would look in vain and wake others.
                 connection.rollback()
                 return None
-            claims.announce(connection, owner, model, {*warm, job.adapter})
-            recorded = select(job_outputs.c.prompt_index).where(job_outputs.c.job_id == job.id)
-            done = frozenset(connection.scalars(recorded))
-        return Claim(job=job, owner=owner, epoch=job.epoch, done=done)
+            claims.hold(connection, self._database.insert, owner, job.adapter)
+            secret, done = claims.baggage(connection, job.id)
+        return Claim(job=job, owner=owner, epoch=job.epoch, done=done, secret=secret)
 
     def _take(self, connection: Connection, model: str, owner: str, patience_s: float) -> Job | None:
         chosen = claims.next_job(model, owner, age_bound_s=self._age_bound_s, patience_s=patience_s)
@@ -261,20 +261,8 @@ class JobQueue:
 
     def depths(self) -> dict[str, Depth]:
         """Return the load of every model that has jobs or replicas."""
-        queued, running = jobs.c.state == JobState.IN_QUEUE, jobs.c.state == JobState.IN_PROGRESS
-        oldest_s = now() - func.min(jobs.c.created_at).filter(queued)
-        counts = (func.count().filter(queued), func.count().filter(running), func.coalesce(oldest_s, 0.0))
-        load = select(jobs.c.model, *counts).where(jobs.c.state.in_(_LIVE)).group_by(jobs.c.model)
-        present = workers.c.seen_at > now() - self._lease_s
-        replicas = select(workers.c.model, func.count()).where(present).group_by(workers.c.model)
         with self._database.read() as connection:
-            loads: dict[str, list[Any]] = {model: counts for model, *counts in connection.execute(load)}
-            alive = dict(connection.execute(replicas).all())
-        depths = {}
-        for model in loads.keys() | alive.keys():
-            waiting, active, age_s = loads.get(model, [0, 0, 0.0])
-            depths[model] = Depth(queued=waiting, running=active, workers=alive.get(model, 0), oldest_s=age_s)
-        return depths
+            return reports.depths(connection, self._lease_s)
 
     def sweep(self) -> int:
         """Bring back jobs of lost workers, end those past their deadline, forget lost replicas.
@@ -288,6 +276,23 @@ class JobQueue:
                 run_timeout_s=self._run_timeout_s,
                 presence_s=self._lease_s,
             )
+
+    def expired(self, older_than_s: float, limit: int = 100) -> Sequence[str]:
+        """Return the ids of at most `limit` jobs that ended `older_than_s` seconds ago or earlier.
+
+        To remove jobs, delete what the object store has of them, then `forget` them: whoever dies in between
+        leaves rows that are found again.
+        """
+        with self._database.read() as connection:
+            return janitor.expired(connection, older_than_s, limit)
+
+    def forget(self, job_ids: Collection[str]) -> int:
+        """Delete jobs with their outputs, events and idempotency keys; return how many there were.
+
+        A job that has not come to its end stays.
+        """
+        with self._database.write() as connection:
+            return janitor.forget(connection, job_ids)
 
     def _one(self, condition: ColumnElement[bool]) -> Job | None:
         with self._database.read() as connection:

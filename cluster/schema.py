@@ -82,10 +82,14 @@ jobs = Table(
     Column("error", Text),
     Column("error_code", Text),
     Column("result", _Object),
+    # Ciphertext that the job's worker needs; gone when the job has come to its end.
+    Column("secret", Text),
     UniqueConstraint("tenant", "idempotency_key"),
     # Oldest first within a model, and within one LoRA of it; the first also counts depths and finds leases.
     Index("jobs_by_age", "state", "model", "created_at", "seq"),
     Index("jobs_by_adapter", "state", "model", "adapter", "created_at", "seq"),
+    Index("jobs_by_tenant", "tenant", "state", "seq"),
+    Index("jobs_by_end", "finished_at"),
 )
 
 job_outputs = Table(
@@ -97,7 +101,7 @@ job_outputs = Table(
     Column("output", _Object, nullable=False),
 )
 
-# Append-only: no foreign key, so that a job's history may outlive its row.
+# Append-only until the job is forgotten. No foreign key: it would be checked at every change of a state.
 job_events = Table(
     "job_events",
     metadata,

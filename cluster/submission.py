@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, Table, and_, select
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Connection, RowMapping, and_, select
 
+from cluster.database import Insert
 from cluster.jobs import IdempotencyConflict, Job, JobState, NewJob
 from cluster.schema import jobs, now
 from cluster.transitions import job_of, record
-
-Insert = Callable[[Table], sqlite.Insert | postgresql.Insert]
-"""A dialect's own INSERT, which knows ON CONFLICT."""
 
 _KEY = (jobs.c.tenant, jobs.c.idempotency_key)
 

@@ -6,9 +6,22 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, Text, and_, case, insert, literal, null, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    RowMapping,
+    Text,
+    and_,
+    case,
+    insert,
+    literal,
+    null,
+    select,
+    update,
+)
 
 from cluster.jobs import Claim, Job, JobState, Phase, Progress
+from cluster.postgres import CHANNEL
 from cluster.schema import job_events, jobs, now
 
 _TERMINAL = [state for state in JobState if state.terminal]
@@ -45,11 +58,17 @@ def move(
     """Move the matching jobs from state `source` to `target`, with their events; return them as they are now.
 
     `target` is an expression over the row. A job loses its lease and deadline unless `values` says otherwise,
-    and gets `finished_at` when it reaches its end. Jobs that do not match, or have left `source`, stay as
-    they are and are not returned.
+    and when it reaches its end it gets `finished_at` and loses its secret. Jobs that do not match, or have
+    left `source`, stay as they are and are not returned.
     """
-    ended = case((target.in_(_TERMINAL), now()))
-    changes = {"state": target, "finished_at": ended, "lease_until": None, "deadline": None}
+    ended = target.in_(_TERMINAL)
+    changes = {
+        "state": target,
+        "finished_at": case((ended, now())),
+        "secret": case((ended, null()), else_=jobs.c.secret),
+        "lease_until": None,
+        "deadline": None,
+    }
     statement = update(jobs).where(jobs.c.state == source, *where).values(changes | values).returning(jobs)
     moved = [job_of(row) for row in connection.execute(statement).mappings()]
     record(connection, moved)
@@ -57,12 +76,19 @@ def move(
 
 
 def record(connection: Connection, changed: Sequence[Job]) -> None:
-    """Append one event for each job that has just come into its state."""
+    """Append one event for each job that has just come into its state.
+
+    The commit wakes every watch if a job was queued or came to its end. Nobody waits for a claim, and on
+    PostgreSQL commits that notify wait for one another.
+    """
     events = [
         {"job_id": job.id, "state": job.state, "epoch": job.epoch, "owner": job.owner} for job in changed
     ]
     if events:
         connection.execute(insert(job_events).values(at=now()), events)
+        heard = any(job.state is not JobState.IN_PROGRESS for job in changed)
+        if heard and connection.dialect.name == "postgresql":
+            connection.exec_driver_sql(f"NOTIFY {CHANNEL}")
 
 
 def end_run(
@@ -92,3 +118,19 @@ def again_or_failed(max_attempts: int) -> ColumnElement[str]:
     """Return the state after an attempt that may be repeated: queued again until the attempts are used up."""
     used_up = jobs.c.attempts >= max_attempts
     return case((used_up, literal_state(JobState.FAILED)), else_=literal_state(JobState.IN_QUEUE))
+
+
+def cancel(connection: Connection, job_id: str) -> tuple[Job, bool] | None:
+    """Cancel a queued job, or ask the worker of a running one; as `JobQueue.cancel`."""
+    found = select(jobs).where(jobs.c.id == job_id).with_for_update()
+    row = connection.execute(found).mappings().one_or_none()
+    if row is None:
+        return None
+    if row["state"] == JobState.IN_QUEUE:
+        target = literal_state(JobState.CANCELED)
+        (job,) = move(connection, JobState.IN_QUEUE, target, jobs.c.id == job_id, cancel_requested=True)
+        return job, True
+    if row["state"] == JobState.IN_PROGRESS:
+        request = update(jobs).where(jobs.c.id == job_id).values(cancel_requested=True).returning(jobs)
+        return job_of(connection.execute(request).mappings().one()), True
+    return job_of(row), False

@@ -10,9 +10,9 @@ from sqlalchemy import Connection
 def upgrade(connection: Connection) -> None:
     """Bring the schema to the newest revision, in the caller's transaction.
 
-    The transaction has to hold the database's write lock: it keeps other processes, and other threads of this
-    one (Alembic's environment is global), out until the schema is there. Raises `alembic.util.CommandError`
-    when the schema is newer than this program.
+    The transaction has to be the only one of its kind (`Database.alone`): it keeps other processes, and other
+    threads of this one (Alembic's environment is global), out until the schema is there. Raises
+    `alembic.util.CommandError` when the schema is newer than this program.
     """
     config = Config()
     config.set_main_option("script_location", "cluster:migrations")

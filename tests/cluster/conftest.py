@@ -1,4 +1,4 @@
-"""A job table of its own for each test."""
+"""A job table of its own for each test, on each database."""
 
 from __future__ import annotations
 
@@ -8,11 +8,31 @@ from pathlib import Path
 import pytest
 
 from cluster.queue import JobQueue
+from tests.cluster.postgres import PostgresServer
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    server = PostgresServer(flush=False)
+    yield server
+    server.close()
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
+def sqlite_url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/jobs.db"
+
+
+@pytest.fixture
+def postgres_url(postgres: PostgresServer) -> Iterator[str]:
+    url = postgres.create()
+    yield url
+    postgres.drop(url)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request: pytest.FixtureRequest) -> str:
+    return request.getfixturevalue(f"{request.param}_url")
 
 
 @pytest.fixture

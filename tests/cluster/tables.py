@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
-from sqlalchemy import update
+from sqlalchemy import delete, update
 
 from cluster.database import open_database
 from cluster.jobs import TRANSITIONS, Claim, Job, JobEvent, JobState, NewJob, Phase, Progress
 from cluster.queue import JobQueue
-from cluster.schema import jobs, workers
+from cluster.schema import job_events, jobs, workers
 
 MODEL = "flux"
 
@@ -48,6 +49,26 @@ def let_pass(url: str, seconds: float) -> None:
     with database.write() as connection:
         connection.execute(update(jobs).values({name: jobs.c[name] - seconds for name in times}))
         connection.execute(update(workers).values(seen_at=workers.c.seen_at - seconds))
+    database.close()
+
+
+def empty(url: str) -> None:
+    """Delete all jobs and replicas."""
+    database = open_database(url)
+    with database.write() as connection:
+        for table in (jobs, job_events, workers):
+            connection.execute(delete(table))
+    database.close()
+
+
+@contextmanager
+def locked(url: str) -> Iterator[None]:
+    """Keep all writers waiting."""
+    database = open_database(url)
+    with database.write() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql("LOCK TABLE jobs, workers IN EXCLUSIVE MODE")
+        yield
     database.close()
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from sqlalchemy import select
-from sqlalchemy.dialects import sqlite
+import re
+import threading
+
+import pytest
+from sqlalchemy import Dialect, select
+from sqlalchemy.dialects import postgresql, sqlite
 
 from cluster.claims import next_job
 from cluster.database import open_database
@@ -124,17 +128,72 @@ def test_a_claim_in_vain_changes_nothing(queue: JobQueue) -> None:
     assert queue.depths()[MODEL].workers == 1
 
 
-def test_every_class_walks_an_index(queue: JobQueue, url: str) -> None:
+def the_order(dialect: Dialect) -> str:
     order = select(next_job(MODEL, "replica", age_bound_s=60, patience_s=1))
-    statement = order.compile(dialect=sqlite.dialect(), compile_kwargs={"literal_binds": True})
-    database = open_database(url)
+    return str(order.compile(dialect=dialect, compile_kwargs={"literal_binds": True}))
+
+
+def test_every_class_walks_an_index_of_sqlite(sqlite_url: str) -> None:
+    JobQueue(sqlite_url).close()
+    database = open_database(sqlite_url)
     with database.read() as connection:
-        plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}")]
+        statement = f"EXPLAIN QUERY PLAN {the_order(sqlite.dialect())}"
+        plan = [row[3] for row in connection.exec_driver_sql(statement)]
     database.close()
     walks = [step for step in plan if "queued" in step or "head" in step]
     assert len(walks) == 5
     assert all("INDEX jobs_by_" in step and "(state=? AND model=?" in step for step in walks)
     assert sum("TEMP B-TREE" in step for step in plan) == 1, "the replica's own few adapters"
+
+
+@pytest.mark.parametrize("statistics", ["none", "of an empty table", "of an empty queue", "true"])
+def test_every_class_walks_an_index_of_postgresql(postgres_url: str, statistics: str) -> None:
+    """Whatever the planner believes: a queue is often empty when statistics are taken."""
+    queue, database = JobQueue(postgres_url), open_database(postgres_url)
+    with database.write() as connection:
+        if statistics == "of an empty table":
+            connection.exec_driver_sql("ANALYZE")
+    queue.submit([new_job(f"lora-{n % 50}") for n in range(2000)])
+    queue.announce("replica", MODEL, ["lora-48", "lora-49"])
+    with database.write() as connection:
+        if statistics == "of an empty queue":
+            connection.exec_driver_sql("UPDATE jobs SET state = 'succeeded'")
+        if statistics in ("of an empty queue", "true"):
+            connection.exec_driver_sql("ANALYZE")
+        connection.exec_driver_sql("UPDATE jobs SET state = 'in_queue'")
+        statement = f"EXPLAIN (COSTS OFF) {the_order(postgresql.dialect())}"
+        plan = "\n".join(connection.exec_driver_sql(statement).scalars())
+    queue.close()
+    database.close()
+    walks = re.findall(r"(\w[\w ]+) on jobs (\w+)\n\s+Index Cond: \((.*)\)", plan)
+    assert [(how, what) for how, what, _ in walks] == [
+        ("Index Scan using jobs_by_adapter", "head"),
+        ("Index Scan using jobs_by_age", "queued"),
+        ("Index Scan using jobs_by_adapter", "queued_1"),
+        ("Index Scan using jobs_by_age", "queued_2"),
+        ("Index Scan using jobs_by_age", "queued_3"),
+    ]
+    assert all("state =" in condition and "model =" in condition for _, _, condition in walks)
+    assert plan.count("Sort Key") == 1, "the replica's own few adapters"
+
+
+def test_threads_of_a_replica_may_announce_it_at_once(queue: JobQueue) -> None:
+    failures: list[Exception] = []
+
+    def announce(n: int) -> None:
+        try:
+            for turn in range(10):
+                queue.announce("replica", MODEL, [f"lora-{(n + turn) % 3}"])
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=announce, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert queue.depths()[MODEL].workers == 1
 
 
 def test_a_claim_announces_its_replica(queue: JobQueue) -> None:

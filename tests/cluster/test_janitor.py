@@ -9,7 +9,7 @@ from cluster.database import open_database
 from cluster.jobs import JobState, LeaseLost
 from cluster.queue import JobQueue
 from cluster.schema import warm
-from tests.cluster.tables import MODEL, STEP, check_history, claim, let_pass, state_of, submit
+from tests.cluster.tables import MODEL, STEP, check_history, claim, let_pass, new_job, state_of, submit
 
 
 def test_there_may_be_nothing_to_do(queue: JobQueue, url: str) -> None:
@@ -136,3 +136,42 @@ def test_several_jobs_move_at_once(queue: JobQueue, url: str) -> None:
     assert states == [JobState.CANCELED, *[JobState.IN_QUEUE] * 5]
     for job in jobs:
         check_history(queue.events(job.id))
+
+
+class TestRetention:
+    def test_only_what_ended_long_enough_ago_has_expired(self, queue: JobQueue, url: str) -> None:
+        ended, running, waiting = submit(queue, "a", "b", "c")
+        queue.finish(claim(queue), JobState.SUCCEEDED)
+        claim(queue)
+        let_pass(url, 100)
+        (canceled,) = submit(queue, "d")
+        queue.cancel(canceled.id)
+        assert queue.expired(110) == []
+        assert queue.expired(99) == [ended.id]
+        assert queue.expired(0) == [ended.id, canceled.id]
+        assert queue.expired(0, limit=1) == [ended.id]
+        assert state_of(queue, running.id) is JobState.IN_PROGRESS
+        assert state_of(queue, waiting.id) is JobState.IN_QUEUE
+
+    def test_nothing_of_a_forgotten_job_is_left(self, queue: JobQueue, url: str) -> None:
+        (job,) = queue.submit([new_job(idempotency_key="k", fingerprint="f")])
+        (other,) = submit(queue, "other")
+        held = claim(queue)
+        queue.record_output(held, 0, {"seed": 1})
+        queue.finish(held, JobState.SUCCEEDED)
+        for _ in range(2):
+            assert queue.expired(0) == [job.id], "to ask changes nothing: who dies here asks again"
+        assert queue.forget([job.id, "unknown"]) == 1
+        assert queue.get(job.id) is None
+        assert (queue.outputs(job.id), queue.events(job.id), queue.expired(0)) == ([], [], [])
+        assert queue.forget([job.id]) == 0
+        (again,) = queue.submit([new_job(idempotency_key="k", fingerprint="g")])
+        assert again.state is JobState.IN_QUEUE
+        assert len(queue.events(other.id)) == 1
+
+    def test_a_job_that_is_not_at_its_end_stays(self, queue: JobQueue) -> None:
+        running, waiting = submit(queue, "a", "b")
+        claim(queue)
+        assert queue.forget([running.id, waiting.id]) == 0
+        assert queue.forget([]) == 0
+        assert [len(queue.events(job.id)) for job in (running, waiting)] == [2, 1]

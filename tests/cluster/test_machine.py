@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
 
 from cluster.jobs import Claim, JobState, LeaseLost
 from cluster.queue import JobQueue
-from tests.cluster.tables import MODEL, STEP, check_history, let_pass, new_job
+from tests.cluster.tables import MODEL, STEP, check_history, empty, let_pass, new_job
 
 LEASE_S, RUN_S, ATTEMPTS = 30.0, 100.0, 3
 
@@ -49,10 +55,9 @@ class QueueMachine(RuleBasedStateMachine):
     claims = Bundle("claims")
     ids = Bundle("ids")
 
-    def __init__(self) -> None:
+    def __init__(self, url: str) -> None:
         super().__init__()
-        self.folder = tempfile.mkdtemp()
-        self.url = f"sqlite:///{self.folder}/jobs.db"
+        self.url = url
         self.queue = JobQueue(self.url, lease_s=LEASE_S, run_timeout_s=RUN_S, max_attempts=ATTEMPTS)
         self.model: dict[str, Expected] = {}
 
@@ -60,7 +65,7 @@ class QueueMachine(RuleBasedStateMachine):
         for job_id in self.model:
             check_history(self.queue.events(job_id))
         self.queue.close()
-        shutil.rmtree(self.folder)
+        empty(self.url)
 
     def held(self, claim: Claim) -> Expected | None:
         """Return the model of the claimed job if the claim still holds it."""
@@ -182,11 +187,18 @@ class QueueMachine(RuleBasedStateMachine):
         assert self.queue.finished(self.model) == ended
 
 
-TestQueueMachine = QueueMachine.TestCase
-TestQueueMachine.settings = settings(
-    max_examples=20,
-    stateful_step_count=30,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+def test_the_queue_does_what_the_model_says(url: str) -> None:
+    class Machine(QueueMachine):
+        def __init__(self) -> None:
+            super().__init__(url)
+
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=20,
+            stateful_step_count=30,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=[HealthCheck.too_slow],
+        ),
+    )

@@ -5,12 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError, StatementError
 
-from cluster.jobs import Claim, IdempotencyConflict, JobState, LeaseLost, NewJob, Phase, Progress
+from cluster.database import open_database
+from cluster.jobs import Claim, IdempotencyConflict, Job, JobState, LeaseLost, NewJob, Phase, Progress
 from cluster.queue import JobQueue
+from cluster.schema import jobs
 from tests.cluster.tables import STEP, check_history, claim, let_pass, new_job, state_of, submit
 
 Write = Callable[[JobQueue, Claim], object]
@@ -31,6 +35,14 @@ ENDS: dict[str, Write] = {
     "cancel": lambda queue, held: queue.finish(held, JobState.CANCELED),
     "succeed": lambda queue, held: queue.finish(held, JobState.SUCCEEDED, result={"first": True}),
 }
+
+
+def secret_of(url: str, job_id: str) -> str | None:
+    database = open_database(url)
+    with database.read() as connection:
+        secret = connection.scalar(select(jobs.c.secret).where(jobs.c.id == job_id))
+    database.close()
+    return secret
 
 
 def test_a_job_runs_to_success(queue: JobQueue) -> None:
@@ -214,6 +226,38 @@ def test_secrets_of_an_error_are_not_stored(queue: JobQueue) -> None:
     assert failed.error == "GET https://***@host/a?*** failed for hf_***"
 
 
+class TestSecret:
+    def test_only_the_worker_gets_it(self, queue: JobQueue) -> None:
+        new = new_job(secret="ciphertext")
+        assert "ciphertext" not in repr(new)
+        (job,) = queue.submit([new])
+        held = claim(queue)
+        assert held.secret == "ciphertext"
+        assert "ciphertext" not in repr([job, held, queue.get(job.id), queue.events(job.id)])
+        queue.submit([new_job()])
+        assert claim(queue).secret is None
+
+    @pytest.mark.parametrize("end", ["succeed", "fail", "cancel", "retry", "lost"])
+    def test_it_goes_at_the_end(self, queue: JobQueue, url: str, end: str) -> None:
+        (job,) = queue.submit([new_job(secret="ciphertext")])
+        for _ in range(2):
+            queue.retry(claim(queue), error="e", error_code="E", delay_s=0)
+        held = claim(queue)
+        assert held.secret == secret_of(url, job.id) == "ciphertext"
+        if end == "lost":
+            let_pass(url, 31)
+            queue.sweep()
+        else:
+            (ENDS | FENCED)[end](queue, held)
+        assert state_of(queue, job.id).terminal
+        assert secret_of(url, job.id) is None
+
+    def test_it_goes_when_a_queued_job_is_canceled(self, queue: JobQueue, url: str) -> None:
+        (job,) = queue.submit([new_job(secret="ciphertext")])
+        queue.cancel(job.id)
+        assert secret_of(url, job.id) is None
+
+
 class TestCancel:
     def test_a_queued_job_is_canceled_at_once(self, queue: JobQueue) -> None:
         (job,) = submit(queue, "lora")
@@ -350,6 +394,53 @@ def test_which_jobs_have_ended(queue: JobQueue) -> None:
     ids = [waiting.id, running.id, succeeded.id, canceled.id, "unknown"]
     assert queue.finished(ids) == {succeeded.id, canceled.id, "unknown"}
     assert queue.finished([]) == set()
+
+
+def test_how_many_wait(queue: JobQueue) -> None:
+    assert queue.waiting("me") == (0, 0)
+    queue.submit([new_job(tenant=tenant) for tenant in ("me", "you", "me", "", "me")])
+    assert (queue.waiting("me"), queue.waiting("you"), queue.waiting("nobody")) == ((5, 3), (5, 1), (5, 0))
+    held = claim(queue)
+    assert held.job.tenant == "me"
+    assert queue.waiting("me") == (4, 2)
+    queue.release(held)
+    assert queue.waiting("me") == (5, 3)
+
+
+def submit_for(queue: JobQueue, tenant: str, *adapters: str) -> list[Job]:
+    return queue.submit([new_job(adapter, tenant=tenant) for adapter in adapters])
+
+
+class TestList:
+    def test_the_newest_come_first_page_by_page(self, queue: JobQueue) -> None:
+        mine = [job for n in range(5) for job in submit_for(queue, "me", f"{n}")]
+        submit_for(queue, "you", "theirs")
+        queue.cancel(mine[3].id)
+        queue.finish(claim(queue), JobState.SUCCEEDED)
+        left = [queue.get(job.id) for job in reversed(mine)]
+        assert queue.list("me") == left
+        pages, before = [], None
+        while found := queue.list("me", limit=2, before=before):
+            assert found == left[: len(found)]
+            pages.append(len(found))
+            left, before = left[len(found) :], found[-1].seq
+        assert pages == [2, 2, 1]
+        assert queue.list("nobody") == []
+
+    def test_of_a_state_and_a_model(self, queue: JobQueue) -> None:
+        first, second = submit_for(queue, "me", "a", "b")
+        (other,) = queue.submit([new_job(tenant="me", model="sd15")])
+        queue.cancel(first.id)
+
+        def ids(**wanted: Any) -> list[str]:
+            return [job.id for job in queue.list("me", **wanted)]
+
+        assert ids(state=JobState.IN_QUEUE) == [other.id, second.id]
+        assert ids(state=JobState.CANCELED) == [first.id]
+        assert ids(state=JobState.FAILED) == []
+        assert ids(model="flux") == [second.id, first.id]
+        assert ids(model="flux", state=JobState.IN_QUEUE, before=second.seq) == []
+        assert ids(model="sd15", limit=1) == [other.id]
 
 
 def test_the_load_of_each_model(queue: JobQueue, url: str) -> None:
