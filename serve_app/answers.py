@@ -85,6 +85,24 @@ class StatusAnswer(BaseModel):
         )
 
 
+class ListedAnswer(StatusAnswer):
+    """One of the requests in a list. `queue_position` is always null: to count for each costs too much."""
+
+    model: str
+
+    @classmethod
+    def listed(cls, job: Job) -> Self:
+        """Describe `job`."""
+        return cls(model=job.model, **StatusAnswer.of(job, None).model_dump())
+
+
+class ListAnswer(BaseModel):
+    """Answer of `GET /v1/requests`, newest first; `next_cursor` is null on the last page."""
+
+    requests: list[ListedAnswer]
+    next_cursor: str | None
+
+
 class ImageOutput(BaseModel):
     """One picture: `file_path` is an absolute path or `s3://bucket/key`, `url` how a client fetches it."""
 

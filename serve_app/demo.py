@@ -58,6 +58,9 @@ def run_demo(
         requests = _tiny_requests(folder)
         environment = {"CHECKPOINTS_PATH": f"{folder}/checkpoints", "HF_HUB_OFFLINE": "1", "DEVICE": "cpu"}
     environment |= {
+        # The demo's own service is open; an empty variable counts as absent.
+        "API_KEYS": "",
+        "API_KEYS_FILE": "",
         "BASE_URL": base_url,
         "JOBS_URL": f"sqlite:///{folder}/jobs.db",
         "OUTPUT_BASE_PATH": f"file://{folder}/outputs",

@@ -21,8 +21,10 @@ logger = logging.getLogger(__name__)
 class Code(Enum):
     """Stable codes with HTTP status and sentence, those of submitted requests in the order of the checks."""
 
+    API_KEY_REQUIRED = 401, "This service needs `Authorization: Bearer KEY` with one of its keys."
     IDEMPOTENCY_KEY_INVALID = 400, "Idempotency-Key must be 1 to 255 printable ASCII characters."
     IDEMPOTENCY_KEY_REUSED = 409, "This Idempotency-Key was used with another body."
+    TOO_MANY_QUEUED = 429, "Too many requests are waiting; try again when some of them have run."
     MODEL_NOT_FOUND = 400, "There is no such model; details.supported_models lists the ids."
     LORA_FILE_REQUIRED = 400, "A request needs a LoRA: `loras` must not be empty."
     MOE_FORMAT_NOT_SUPPORTED = 400, "This model has one transformer: leave `transformer` out of `loras`."
@@ -41,6 +43,7 @@ class Code(Enum):
     CONTROL_IMAGE_INVALID = 400, "A control image is not base64 of an intact picture."
 
     BODY_TOO_LARGE = 413, "The body is larger than this service takes."
+    CURSOR_INVALID = 400, "`cursor` is not the `next_cursor` of an earlier page."
     REQUEST_NOT_FOUND = 404, "There is no request with this id."
     OUTPUT_NOT_FOUND = 404, "There is no such output."
     JOB_ALREADY_FINISHED = 409, "The request has finished; there is nothing left to cancel."
@@ -79,6 +82,8 @@ class ErrorAnswer(BaseModel):
 
 
 _HEADERS = {
+    Code.API_KEY_REQUIRED: {"WWW-Authenticate": "Bearer"},
+    Code.TOO_MANY_QUEUED: {"Retry-After": "10"},
     Code.STORE_UNAVAILABLE: {"Retry-After": "1"},
     # Otherwise the server would read the rest of the body to its end, which may never come.
     Code.BODY_TOO_LARGE: {"Connection": "close"},

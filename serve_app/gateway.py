@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager, closing
@@ -19,10 +20,12 @@ from cluster.database import jobs_url
 from cluster.jobs import Job, JobState
 from cluster.objects import ObjectStore, open_store
 from cluster.queue import JobQueue
+from cluster.secrets import can_seal
 from deployments.catalog import CATALOG
 from serve_app.answers import (
     HealthAnswer,
     ImageOutput,
+    ListAnswer,
     ModelAnswer,
     ModelsAnswer,
     Outputs,
@@ -30,13 +33,17 @@ from serve_app.answers import (
     StatusAnswer,
     SubmitAnswer,
 )
+from serve_app.auth import SCHEME, KeyedRoute, Tenant, open_keys
 from serve_app.bounds import BoundedRoute
 from serve_app.errors import Code, Refusal, documented, install_handlers
 from serve_app.janitor import Janitor
+from serve_app.listing import MAX_LIMIT, read_page
 from serve_app.schemas import InferenceRequest
 from serve_app.settings import GatewayArgs
 from serve_app.submission import check_key, submit
 from serve_app.waiting import Waiting
+
+logger = logging.getLogger(__name__)
 
 PICTURE_THREADS = 2
 """Requests with control images that are admitted at a time: a decoded image takes up to 100 MB."""
@@ -89,14 +96,24 @@ Wait = Annotated[
 Answer = TypeVar("Answer", StatusAnswer, ResultAnswer)
 Found = TypeVar("Found")
 
-router = APIRouter(route_class=BoundedRoute)
+v1 = APIRouter(prefix="/v1", route_class=KeyedRoute)
+
+public = APIRouter(route_class=BoundedRoute)
+"""What needs no key: the path of an output cannot be guessed, like a presigned URL."""
 
 
 def create_app(settings: GatewayArgs) -> FastAPI:
-    """Return the ASGI application; its lifespan opens the stores and runs janitor and long polls."""
+    """Return the ASGI application; its lifespan opens the stores and runs janitor and long polls.
+
+    Raises `ValueError` or `OSError` where the environment's keys cannot be used.
+    """
+    keys = open_keys()
+    can_seal()  # A bad SECRET_KEY is told now, not to the first client that needs it.
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if keys is None:
+            logger.warning("the service is open: without API_KEYS it is for everybody who reaches its port")
         with ExitStack() as stack:
             store = await run_sync(open_store, settings.outputs)
             opened = partial(JobQueue, jobs_url(settings.jobs), run_timeout_s=settings.inference_timeout_s)
@@ -113,8 +130,13 @@ def create_app(settings: GatewayArgs) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.max_body_bytes = settings.max_body_bytes
+    app.state.keys = keys
     install_handlers(app)
-    app.include_router(router)
+    if keys is None:
+        app.include_router(v1)
+    else:
+        app.include_router(v1, dependencies=[Depends(SCHEME)], responses=documented(401))
+    app.include_router(public)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
@@ -122,57 +144,75 @@ def create_app(settings: GatewayArgs) -> FastAPI:
     return app
 
 
-@router.post("/v1/inference", responses=documented(400, 409, 413, 503))
+@v1.post("/inference", responses=documented(400, 409, 413, 429, 503))
 async def submit_request(
-    body: InferenceRequest, parts: Shared, idempotency_key: Annotated[str | None, Header()] = None
+    body: InferenceRequest,
+    tenant: Tenant,
+    parts: Shared,
+    idempotency_key: Annotated[str | None, Header()] = None,
 ) -> SubmitAnswer:
     """Store a request and answer at once; a worker renders it."""
     check_key(idempotency_key)
     limiter = parts.pictures if any(prompt.control_images for prompt in body.prompts) else None
     job = await run_sync(
-        submit, body, idempotency_key, parts.settings, parts.queue, parts.store, limiter=limiter
+        submit, body, idempotency_key, tenant, parts.settings, parts.queue, parts.store, limiter=limiter
     )
     return SubmitAnswer.of(job, parts.settings.base_url)
 
 
-@router.get("/v1/requests/{request_id}/status", responses=documented(404, 503))
-async def read_status(request_id: RequestId, parts: Shared, wait: Wait = 0.0) -> StatusAnswer:
+@v1.get("/requests", responses=documented(400, 503))
+async def list_requests(
+    tenant: Tenant,
+    parts: Shared,
+    state: JobState | None = None,
+    model: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_LIMIT)] = 50,
+    cursor: Annotated[str | None, Query(description="`next_cursor` of the page before")] = None,
+) -> ListAnswer:
+    """List your requests, newest first."""
+    return await run_sync(read_page, parts.queue, tenant, state, model, limit, cursor)
+
+
+@v1.get("/requests/{request_id}/status", responses=documented(404, 503))
+async def read_status(request_id: RequestId, tenant: Tenant, parts: Shared, wait: Wait = 0.0) -> StatusAnswer:
     """Tell how far a request is."""
-    return await _when_ended(_status, request_id, parts, wait)
+    return await _when_ended(partial(_status, request_id, tenant, parts), request_id, parts, wait)
 
 
-@router.get("/v1/requests/{request_id}/result", responses=documented(404, 503))
-async def read_result(request_id: RequestId, parts: Shared, wait: Wait = 0.0) -> ResultAnswer:
+@v1.get("/requests/{request_id}/result", responses=documented(404, 503))
+async def read_result(request_id: RequestId, tenant: Tenant, parts: Shared, wait: Wait = 0.0) -> ResultAnswer:
     """Tell what a request made; `outputs` is null until it succeeded."""
-    return await _when_ended(_result, request_id, parts, wait)
+    return await _when_ended(partial(_result, request_id, tenant, parts), request_id, parts, wait)
 
 
-@router.delete(
-    "/v1/requests/{request_id}",
+@v1.delete(
+    "/requests/{request_id}",
     responses=documented(404, 409, 503)
     | {202: {"model": StatusAnswer, "description": "Stops within one step"}},
 )
-async def cancel_request(request_id: RequestId, parts: Shared, response: Response) -> StatusAnswer:
+async def cancel_request(
+    request_id: RequestId, tenant: Tenant, parts: Shared, response: Response
+) -> StatusAnswer:
     """Cancel a request: at once while it is queued (200), within one step while it runs (202)."""
-    answer = await run_sync(_cancel, request_id, parts)
+    answer = await run_sync(_cancel, request_id, tenant, parts)
     if answer.status is not JobState.CANCELED:
         response.status_code = 202
     return answer
 
 
-@router.get("/v1/models")
+@v1.get("/models")
 async def list_models() -> ModelsAnswer:
     """List the model ids that this service renders."""
     return ModelsAnswer(models=[ModelAnswer.of(row) for row in CATALOG.values()])
 
 
-@router.get("/health")
+@public.get("/health")
 async def check_health() -> HealthAnswer:
     """Tell that this process answers."""
     return HealthAnswer()
 
 
-@router.get("/outputs/{key:path}", response_class=FileResponse, responses=documented(404))
+@public.get("/outputs/{key:path}", response_class=FileResponse, responses=documented(404))
 async def read_output(key: str, parts: Shared) -> FileResponse:
     """Send a picture or manifest from the local output directory."""
     path = await run_sync(parts.store.local_path, key)
@@ -182,22 +222,22 @@ async def read_output(key: str, parts: Shared) -> FileResponse:
     return FileResponse(path, media_type=media_type, headers={"X-Content-Type-Options": "nosniff"})
 
 
-async def _when_ended(
-    read: Callable[[str, Parts], Answer], request_id: str, parts: Parts, wait_s: float
-) -> Answer:
+async def _when_ended(read: Callable[[], Answer], request_id: str, parts: Parts, wait_s: float) -> Answer:
     """Read now; if the job goes on, read again when it has ended or `wait_s` seconds have passed."""
     if not wait_s:
-        return await run_sync(read, request_id, parts)
+        return await run_sync(read)
     with parts.waiting.end_of(request_id) as end:
-        answer = await run_sync(read, request_id, parts)
+        answer = await run_sync(read)
         if answer.status.terminal:
             return answer
         await end.wait(wait_s)
-        return await run_sync(read, request_id, parts)
+        return await run_sync(read)
 
 
-def _job(request_id: str, parts: Parts) -> Job:
-    return _known(request_id, parts.queue.get(request_id))
+def _job(request_id: str, tenant: str, parts: Parts) -> Job:
+    """Return a job of `tenant`; another's is refused as if there were none."""
+    job = parts.queue.get(request_id)
+    return _known(request_id, job if job is not None and job.tenant == tenant else None)
 
 
 def _known(request_id: str, found: Found | None) -> Found:
@@ -206,13 +246,13 @@ def _known(request_id: str, found: Found | None) -> Found:
     return found
 
 
-def _status(request_id: str, parts: Parts) -> StatusAnswer:
-    job = _job(request_id, parts)
+def _status(request_id: str, tenant: str, parts: Parts) -> StatusAnswer:
+    job = _job(request_id, tenant, parts)
     return StatusAnswer.of(job, parts.queue.ahead(job) if job.state is JobState.IN_QUEUE else None)
 
 
-def _result(request_id: str, parts: Parts) -> ResultAnswer:
-    job = _job(request_id, parts)
+def _result(request_id: str, tenant: str, parts: Parts) -> ResultAnswer:
+    job = _job(request_id, tenant, parts)
     if job.state is not JobState.SUCCEEDED:
         return ResultAnswer.of(job, None)
     images = [
@@ -221,7 +261,8 @@ def _result(request_id: str, parts: Parts) -> ResultAnswer:
     return ResultAnswer.of(job, Outputs(images=images))
 
 
-def _cancel(request_id: str, parts: Parts) -> StatusAnswer:
+def _cancel(request_id: str, tenant: str, parts: Parts) -> StatusAnswer:
+    _job(request_id, tenant, parts)  # Nobody else cancels it; its owner never changes.
     job, was_live = _known(request_id, parts.queue.cancel(request_id))
     if not was_live:
         raise Refusal(Code.JOB_ALREADY_FINISHED, request_id=request_id, status=job.state)

@@ -31,6 +31,9 @@ def _plain(value: str) -> str:
 
 Text = Annotated[str, AfterValidator(_plain)]
 
+Token = Annotated[str, Field(max_length=1000, pattern=r"^[!-~]*$")]
+"""What fits into an HTTP header."""
+
 
 class _Part(BaseModel):
     """A part of a request: fields that are not known are ignored, only their names are kept."""
@@ -86,7 +89,7 @@ class InferenceRequest(_Part):
     loras: Annotated[list[LoraItem], Field(max_length=MAX_ITEMS)]
     prompts: Annotated[list[PromptItem], Field(min_length=1, max_length=MAX_ITEMS)]
     trigger_word: Text | None = None
-    hf_token: Text | None = None
+    hf_token: Annotated[Token | None, Field(repr=False)] = None
     kv_cache: bool | None = None
     match_target_res: bool | None = None
     output_format: ImageFormat | None = None

@@ -60,11 +60,18 @@ class Settings(BaseSettings):
 
 
 class GatewayArgs(Settings):
-    """Arguments of `build_gateway`: `base_url` is how clients reach it, with no slash at the end."""
+    """Arguments of `build_gateway`.
+
+    `base_url` is how clients reach it, with no slash at the end. The bounds on queued jobs may be overshot by
+    requests that come at once.
+    Keys are no setting: Serve logs these arguments, so `serve_app.auth` reads the environment by itself.
+    """
 
     base_url: Annotated[str, Field(validation_alias="BASE_URL")] = "http://127.0.0.1:8000"
     cors_origins: Annotated[tuple[str, ...], NoDecode, Field(validation_alias="CORS_ORIGINS")] = ()
     max_body_bytes: Annotated[int, Field(ge=1)] = 64 * 2**20
+    max_queued: Annotated[int, Field(ge=1)] = 10_000
+    max_queued_per_key: Annotated[int, Field(ge=1)] = 1000
 
     @field_validator("base_url")
     @classmethod

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from tests.studio import Studio
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+for secret in ("API_KEYS", "API_KEYS_FILE", "SECRET_KEY"):
+    os.environ.pop(secret, None)
 
 
 @pytest.fixture(scope="session")

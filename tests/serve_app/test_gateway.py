@@ -223,6 +223,7 @@ def test_the_description_is_valid_and_complete(service: Service) -> None:
         "/v1/requests/{request_id}/status",
         "/v1/requests/{request_id}/result",
         "/v1/requests/{request_id}",
+        "/v1/requests",
         "/v1/models",
         "/health",
         "/outputs/{key}",
@@ -239,7 +240,7 @@ def test_the_description_is_valid_and_complete(service: Service) -> None:
     submit = description["paths"]["/v1/inference"]["post"]
     request = submit["requestBody"]["content"]["application/json"]["schema"]
     assert request == {"$ref": "#/components/schemas/InferenceRequest"}
-    assert set(submit["responses"]) == {"200", "400", "409", "413", "422", "503"}
+    assert set(submit["responses"]) == {"200", "400", "409", "413", "422", "429", "503"}
     assert any(parameter["name"] == "idempotency-key" for parameter in submit["parameters"])
     assert set(description["paths"]["/v1/requests/{request_id}"]["delete"]["responses"]) >= {
         "200",

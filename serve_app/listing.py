@@ -1,0 +1,55 @@
+"""Pages of one owner's jobs, newest first."""
+
+from __future__ import annotations
+
+import base64
+import re
+
+from cluster.jobs import JobState
+from cluster.queue import JobQueue
+from deployments.catalog import CATALOG
+from serve_app.answers import ListAnswer, ListedAnswer
+from serve_app.errors import Code, Refusal
+
+MAX_LIMIT = 200
+
+_CURSOR = re.compile(r"[A-Za-z0-9_-]{11}")
+"""Base64 of the eight bytes of a `seq`."""
+
+
+def read_page(
+    queue: JobQueue,
+    tenant: str,
+    state: JobState | None,
+    model: str | None,
+    limit: int,
+    cursor: str | None,
+) -> ListAnswer:
+    """Return the owner's `limit` newest jobs, of one state or model if wanted, that lie behind `cursor`.
+
+    A page goes on where the one before ended, whatever was submitted meanwhile. Blocking. Raises `Refusal`
+    and `StoreUnavailable`.
+    """
+    if model is not None and model not in CATALOG:
+        raise Refusal(Code.MODEL_NOT_FOUND, supported_models=list(CATALOG))
+    before = None if cursor is None else _decode(cursor)
+    # One more than wanted tells whether there is another page.
+    found = queue.list(tenant, state=state, model=model, limit=limit + 1, before=before)
+    page = found[:limit]
+    return ListAnswer(
+        requests=[ListedAnswer.listed(job) for job in page],
+        next_cursor=_encode(page[-1].seq) if len(found) > limit else None,
+    )
+
+
+def _encode(seq: int) -> str:
+    return base64.urlsafe_b64encode(seq.to_bytes(8, signed=True)).decode().rstrip("=")
+
+
+def _decode(cursor: str) -> int:
+    """Return the number that `_encode` was given; raises `Refusal` for what it never returns."""
+    if _CURSOR.fullmatch(cursor):
+        seq = int.from_bytes(base64.urlsafe_b64decode(f"{cursor}="), signed=True)
+        if seq > 0:
+            return seq
+    raise Refusal(Code.CURSOR_INVALID)

@@ -1,0 +1,50 @@
+"""Keys and tokens through Ray Serve: the environment carries them, and no log of Ray's or ours shows them."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import save_file
+
+from tests.serve_app.conftest import body
+from tests.service import edited_config, free_port, serve_run, submit
+
+KEY, SECRET_KEY, TOKEN = "Sg7key" * 4, "Sg7master" * 4, "hf_Sg7token" * 3
+
+
+@pytest.mark.slow
+def test_no_log_of_the_cluster_holds_a_key_or_token(tmp_path: Path) -> None:
+    port = free_port()
+    config = yaml.safe_load(edited_config(["flux"], port))
+    config["applications"] = config["applications"][:1]  # No worker is needed.
+    (tmp_path / "loras").mkdir()
+    save_file({"a.lora_A.weight": np.ones((2, 4), np.float32)}, tmp_path / "loras" / "style.safetensors")
+    ray_folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
+    environment = {
+        "RAY_TMPDIR": str(ray_folder),
+        "WORKFLOWS_BASE_PATH": str(tmp_path / "loras"),
+        "API_KEYS": f"alice:{KEY}",
+        "SECRET_KEY": SECRET_KEY,
+    }
+    try:
+        with serve_run(yaml.safe_dump(config), port, tmp_path, environment) as client:
+            wrong = {"Authorization": "Bearer Sg7wrong"}
+            for headers in ({}, wrong):
+                answer = client.post("/v1/inference", json=body(hf_token=TOKEN), headers=headers)
+                assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+            client.headers["Authorization"] = f"Bearer {KEY}"
+            job_id = submit(client, body(hf_token=TOKEN))
+            assert client.get(f"/v1/requests/{job_id}/status").json()["status"] == "in_queue"
+            files = [
+                file for folder in (ray_folder, tmp_path) for file in folder.rglob("*") if file.is_file()
+            ]
+            assert any(file.suffix == ".log" for file in files)
+            assert any(file.suffix == ".db" for file in files)
+            assert [file for file in files if b"Sg7" in file.read_bytes()] == []
+    finally:
+        shutil.rmtree(ray_folder, ignore_errors=True)
