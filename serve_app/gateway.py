@@ -45,6 +45,8 @@ from serve_app.waiting import Waiting
 
 logger = logging.getLogger(__name__)
 
+DAY_S = 86_400.0
+
 PICTURE_THREADS = 2
 """Requests with control images that are admitted at a time: a decoded image takes up to 100 MB."""
 
@@ -118,7 +120,7 @@ def create_app(settings: GatewayArgs) -> FastAPI:
             store = await run_sync(open_store, settings.outputs)
             opened = partial(JobQueue, jobs_url(settings.jobs), run_timeout_s=settings.inference_timeout_s)
             queue = stack.enter_context(closing(await run_sync(opened)))
-            stack.enter_context(closing(Janitor(queue)))
+            stack.enter_context(closing(Janitor(queue, store, settings.retention_days * DAY_S)))
             waiting = stack.enter_context(closing(Waiting(queue)))
             app.state.parts = Parts(settings, queue, store, waiting, anyio.CapacityLimiter(PICTURE_THREADS))
             yield

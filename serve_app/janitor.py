@@ -1,36 +1,66 @@
-"""Keeps the job table moving while workers may all be at zero: leases that ended, jobs that ran too long."""
+"""Keeps the job table moving while workers may all be at zero, and removes what is kept long enough."""
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 
+from cluster.objects import ObjectStore
 from cluster.queue import JobQueue
 
 logger = logging.getLogger(__name__)
 
 SWEEP_S = 1.0
-"""Pause between two rounds, in seconds."""
+"""Pause between two looks for leases that ended and jobs that ran too long, in seconds."""
+
+EXPIRE_S = 60.0
+"""Pause between two looks for jobs that are old enough to be removed, in seconds."""
+
+BATCH = 100
+"""Jobs that are removed at a time."""
 
 
 class Janitor:
-    """Sweeps the job table on a thread of its own; every gateway does, and the table lets one at a time."""
+    """Sweeps the job table and removes old jobs, each on a thread of its own: removal waits for the store.
 
-    def __init__(self, queue: JobQueue) -> None:
+    Every gateway does; the table lets one at a time sweep, and removing twice does no harm.
+    """
+
+    def __init__(self, queue: JobQueue, store: ObjectStore, retention_s: float) -> None:
+        """Start; jobs are removed `retention_s` seconds after their end, or never if that is 0."""
         self._queue = queue
+        self._store = store
+        self._retention_s = retention_s
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="janitor", daemon=True)
-        self._thread.start()
+        duties: list[tuple[float, Callable[[], object]]] = [(SWEEP_S, queue.sweep)]
+        if retention_s:
+            duties.append((EXPIRE_S, self._expire))
+        self._threads = [
+            threading.Thread(target=self._run, args=duty, name="janitor", daemon=True) for duty in duties
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
-        """End the thread after the round that it is in."""
+        """End the threads after what they are doing."""
         self._closed.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
-    def _run(self) -> None:
-        while not self._closed.wait(SWEEP_S):
+    def _run(self, pause_s: float, duty: Callable[[], object]) -> None:
+        while not self._closed.wait(pause_s):
             try:
-                self._queue.sweep()
+                duty()
             except Exception:
                 # Whatever it was, without this thread no job of a lost worker would ever run again.
                 logger.exception("the janitor failed; it tries again")
+
+    def _expire(self) -> None:
+        """Remove old jobs batch by batch. Objects go first: after a crash their row still leads to them."""
+        while ids := self._queue.expired(self._retention_s, BATCH):
+            for job_id in ids:
+                if self._closed.is_set():
+                    return
+                self._store.delete(job_id)
+            self._queue.forget(ids)

@@ -63,7 +63,7 @@ class GatewayArgs(Settings):
     """Arguments of `build_gateway`.
 
     `base_url` is how clients reach it, with no slash at the end. The bounds on queued jobs may be overshot by
-    requests that come at once.
+    requests that come at once. `retention_days` counts from a job's end; 0 keeps jobs and outputs for ever.
     Keys are no setting: Serve logs these arguments, so `serve_app.auth` reads the environment by itself.
     """
 
@@ -72,6 +72,7 @@ class GatewayArgs(Settings):
     max_body_bytes: Annotated[int, Field(ge=1)] = 64 * 2**20
     max_queued: Annotated[int, Field(ge=1)] = 10_000
     max_queued_per_key: Annotated[int, Field(ge=1)] = 1000
+    retention_days: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
 
     @field_validator("base_url")
     @classmethod
