@@ -1,0 +1,254 @@
+"""The guarded fetcher: HTTP for everything that a request names.
+
+A name is resolved once, its addresses are judged (`cluster.urls`), and the connection goes to one of exactly
+these; at each redirect again. Bytes, time and rate are bounded, bodies are taken as they are or not at all,
+and nothing from the environment (proxies, netrc) has a say. Blocking, for worker threads.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Any, BinaryIO
+from urllib.parse import urljoin
+
+import httpcore
+import httpx
+
+from cluster.pace import LIMITS, FetchError, FetchFault, Limits, Pace, copy, too_large
+from cluster.urls import Url, UrlRefused, check_url, is_listed, is_public, parse_url
+
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+
+_MAX_ETAG_CHARS = 256
+
+Resolve = Callable[[str, int], list[str]]
+"""From a host name and port to addresses; raises `OSError`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What was written: its sha256 in hex, its size, and the server's name for this version of it."""
+
+    sha256: str
+    bytes: int
+    etag: str | None
+
+
+def resolve_name(host: str, port: int) -> list[str]:
+    """Return the addresses of a name, as the system resolves it."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+class Fetcher:
+    """Fetches what requests name. `hosts` are those that an operator lists (`parse_hosts`)."""
+
+    def __init__(
+        self, hosts: frozenset[str] = frozenset(), limits: Limits = LIMITS, resolve: Resolve = resolve_name
+    ) -> None:
+        self._hosts = hosts
+        self._limits = limits
+        self._resolve = resolve
+        self._tls = httpx.create_ssl_context()
+
+    def pace(self, tick: Callable[[], None]) -> Pace:
+        """Begin the time of a fetch that goes another way than HTTP, such as S3's."""
+        return Pace(self._limits, tick)
+
+    def fetch(
+        self,
+        url: Url,
+        into: BinaryIO,
+        *,
+        max_bytes: int,
+        etag: str | None = None,
+        token: str | None = None,
+        tick: Callable[[], None] = lambda: None,
+    ) -> Fetched | None:
+        """Write the body of `url` to `into`, or return None if it is still the version named by `etag`.
+
+        `token` is sent as bearer to the origin of `url` only. Raises `FetchError`, `OSError` where the file
+        cannot be written, and whatever `tick` raises.
+        """
+        headers = {"If-None-Match": etag} if etag else {}
+        with self._answer("GET", url, headers, token, self.pace(tick), across=True) as answer:
+            if answer.status == 304 and etag:
+                return None
+            answer.check(max_bytes)
+            sha256, size = copy(answer.pieces(), into, max_bytes)
+            return Fetched(sha256, size, answer.etag)
+
+    def head(
+        self, url: Url, *, token: str | None = None, tick: Callable[[], None] = lambda: None
+    ) -> Mapping[str, str]:
+        """Return the headers of `url`, names in lower case; a redirect to another origin is an answer too.
+
+        Raises as `fetch`.
+        """
+        with self._answer("HEAD", url, {}, token, self.pace(tick), across=False) as answer:
+            if answer.status not in _REDIRECTS:
+                answer.check(None)
+            return answer.headers
+
+    @contextmanager
+    def _answer(
+        self, method: str, url: Url, headers: Mapping[str, str], token: str | None, pace: Pace, across: bool
+    ) -> Iterator[_Answer]:
+        """Yield the first answer that is no redirect, or that leads to another origin unless `across`."""
+        origin = url
+        for _ in range(self._limits.redirects + 1):
+            own = (url.scheme, url.netloc) == (origin.scheme, origin.netloc)
+            bearer = {"Authorization": f"Bearer {token}"} if token and own else {}
+            with self._request(method, url, {**headers, **bearer}, pace) as answer:
+                following = _redirection(url, answer)
+                if following is None or not (across or following.netloc == url.netloc):
+                    yield answer
+                    return
+            url = following
+        raise FetchError(FetchFault.UNUSABLE, f"{origin.host} redirects too often.")
+
+    @contextmanager
+    def _request(self, method: str, url: Url, headers: Mapping[str, str], pace: Pace) -> Iterator[_Answer]:
+        backend = _Pinned(self._addresses(url), pace)
+        target = httpcore.URL(scheme=url.scheme, host=url.host.strip("[]"), port=url.port, target=url.target)
+        sent = {"Host": url.netloc, "Accept-Encoding": "identity", "User-Agent": "lora-serve", **headers}
+        try:
+            with (
+                httpcore.ConnectionPool(self._tls, network_backend=backend) as pool,
+                pool.stream(method, target, headers=list(sent.items())) as response,
+            ):
+                yield _Answer(url, response)
+        except httpcore.TimeoutException as error:
+            raise FetchError(FetchFault.UNREACHABLE, f"{url.host} does not answer in time.") from error
+        except (httpcore.NetworkError, httpcore.ProtocolError) as error:
+            raise FetchError(FetchFault.UNREACHABLE, f"The connection to {url.host} failed.") from error
+
+    def _addresses(self, url: Url) -> list[str]:
+        """Resolve the host of `url`; every address has to be public, unless the host is listed."""
+        try:
+            check_url(url, self._hosts)
+        except UrlRefused as error:
+            raise FetchError(FetchFault.NOT_ALLOWED, str(error)) from error
+        try:
+            found = [str(url.address)] if url.address else self._resolve(url.host, url.port)
+        except OSError as error:
+            raise FetchError(FetchFault.UNREACHABLE, f"The name {url.host} does not resolve.") from error
+        if not is_listed(url, self._hosts) and not all(is_public(ip_address(address)) for address in found):
+            raise FetchError(FetchFault.NOT_ALLOWED, f"{url.host} is not on the public internet.")
+        return found
+
+
+class _Answer:
+    """Status and headers of a response, and its body if that is asked for."""
+
+    def __init__(self, url: Url, response: httpcore.Response) -> None:
+        self._host = url.host
+        self._response = response
+        self.status = response.status
+        self.headers = {
+            name.decode("latin-1").lower(): text.decode("latin-1") for name, text in response.headers
+        }
+
+    @property
+    def etag(self) -> str | None:
+        """The ETag, where it is one that can be sent back."""
+        etag = self.headers.get("etag", "")
+        return etag if 0 < len(etag) <= _MAX_ETAG_CHARS and etag.isascii() and etag.isprintable() else None
+
+    def check(self, max_bytes: int | None) -> None:
+        """Raise `FetchError` unless there is a body as it is, of a size that is not known to be too large."""
+        if self.status != 200:
+            raise FetchError(_fault(self.status), f"{self._host} answered {self.status}.")
+        if self.headers.get("content-encoding", "identity").lower() != "identity":
+            raise FetchError(FetchFault.UNUSABLE, f"{self._host} sends the file compressed.")
+        if max_bytes is not None and int(self.headers.get("content-length", 0)) > max_bytes:
+            raise too_large(max_bytes)
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the body; one that is shorter than announced ends in an error."""
+        return iter(self._response.iter_stream())
+
+
+def _redirection(url: Url, answer: _Answer) -> Url | None:
+    if answer.status not in _REDIRECTS or "location" not in answer.headers:
+        return None
+    try:
+        following = parse_url(urljoin(url.full, answer.headers["location"]))
+    except ValueError as error:
+        raise FetchError(FetchFault.NOT_ALLOWED, f"{url.host} redirects to no usable URL.") from error
+    if (url.scheme, following.scheme) == ("https", "http"):
+        raise FetchError(FetchFault.NOT_ALLOWED, f"{url.host} redirects from https to http.")
+    return following
+
+
+def _fault(status: int) -> FetchFault:
+    if status in (404, 410):
+        return FetchFault.NOT_FOUND
+    if status in (401, 402, 403, 407, 451):
+        return FetchFault.DENIED
+    again = status in (408, 425, 429) or status >= 500
+    return FetchFault.UNREACHABLE if again else FetchFault.UNUSABLE
+
+
+class _Pinned(httpcore.NetworkBackend):
+    """Connects to one of the given addresses, whatever the name is."""
+
+    def __init__(self, addresses: Iterable[str], pace: Pace) -> None:
+        self._addresses = addresses
+        self._pace = pace
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.NetworkStream:
+        failure: Exception = httpcore.ConnectError("no address")
+        for address in self._addresses:
+            try:
+                stream = httpcore.SyncBackend().connect_tcp(address, port, self._pace.left())
+                return _Paced(stream, self._pace)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                failure = error
+        raise failure
+
+
+class _Paced(httpcore.NetworkStream):
+    """A connection that keeps to the pace."""
+
+    def __init__(self, stream: httpcore.NetworkStream, pace: Pace) -> None:
+        self._stream = stream
+        self._pace = pace
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        data = self._stream.read(max_bytes, self._pace.left())
+        self._pace.note(len(data))
+        return data
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._stream.write(buffer, self._pace.left())
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.NetworkStream:
+        try:
+            secured = self._stream.start_tls(ssl_context, server_hostname, self._pace.left())
+        except httpcore.ConnectError as error:
+            if isinstance(error.__cause__, ssl.SSLCertVerificationError):
+                message = f"{server_hostname} has no valid certificate."
+                raise FetchError(FetchFault.UNUSABLE, message) from error
+            raise
+        return _Paced(secured, self._pace)
+
+    def get_extra_info(self, info: str) -> Any:  # noqa: ANN401 - httpcore's signature
+        return self._stream.get_extra_info(info)
