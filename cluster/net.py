@@ -51,7 +51,7 @@ class Fetcher:
     def __init__(
         self, hosts: frozenset[str] = frozenset(), limits: Limits = LIMITS, resolve: Resolve = resolve_name
     ) -> None:
-        self._hosts = hosts
+        self.hosts = hosts
         self._limits = limits
         self._resolve = resolve
         self._tls = httpx.create_ssl_context()
@@ -131,14 +131,14 @@ class Fetcher:
     def _addresses(self, url: Url) -> list[str]:
         """Resolve the host of `url`; every address has to be public, unless the host is listed."""
         try:
-            check_url(url, self._hosts)
+            check_url(url, self.hosts)
         except UrlRefused as error:
             raise FetchError(FetchFault.NOT_ALLOWED, str(error)) from error
         try:
             found = [str(url.address)] if url.address else self._resolve(url.host, url.port)
         except OSError as error:
             raise FetchError(FetchFault.UNREACHABLE, f"The name {url.host} does not resolve.") from error
-        if not is_listed(url, self._hosts) and not all(is_public(ip_address(address)) for address in found):
+        if not is_listed(url, self.hosts) and not all(is_public(ip_address(address)) for address in found):
             raise FetchError(FetchFault.NOT_ALLOWED, f"{url.host} is not on the public internet.")
         return found
 
@@ -163,7 +163,7 @@ class _Answer:
     def check(self, max_bytes: int | None) -> None:
         """Raise `FetchError` unless there is a body as it is, of a size that is not known to be too large."""
         if self.status != 200:
-            raise FetchError(_fault(self.status), f"{self._host} answered {self.status}.")
+            raise FetchError(fault_of(self.status), f"{self._host} answered {self.status}.")
         if self.headers.get("content-encoding", "identity").lower() != "identity":
             raise FetchError(FetchFault.UNUSABLE, f"{self._host} sends the file compressed.")
         if max_bytes is not None and int(self.headers.get("content-length", 0)) > max_bytes:
@@ -186,7 +186,8 @@ def _redirection(url: Url, answer: _Answer) -> Url | None:
     return following
 
 
-def _fault(status: int) -> FetchFault:
+def fault_of(status: int) -> FetchFault:
+    """Return what an HTTP status that is no success means."""
     if status in (404, 410):
         return FetchFault.NOT_FOUND
     if status in (401, 402, 403, 407, 451):

@@ -11,6 +11,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
+MAX_URL_CHARS = 4096
+
 _PORTS = {"http": 80, "https": 443}
 
 _URL = re.compile(r"(https?)://([^/?#]*)([^?#]*)(?:\?([^#]*))?(?:#.*)?", re.IGNORECASE)
@@ -97,6 +99,8 @@ class Url:
 
 def parse_url(text: str) -> Url:
     """Read a URL. Raises `UrlRefused` for what is no plain http(s) URL of an ordinary host."""
+    if len(text) > MAX_URL_CHARS:
+        raise UrlRefused(f"A URL must have at most {MAX_URL_CHARS} characters.")
     if not text.isascii() or not text.isprintable() or " " in text or "\\" in text:
         raise UrlRefused("A URL must be printable ASCII without spaces and backslashes.")
     whole = _URL.fullmatch(text)

@@ -10,14 +10,15 @@ import threading
 import time
 from collections.abc import Collection
 from concurrent.futures import Future
-from pathlib import Path
 
 from cluster.jobs import Claim, FailureCode, JobFailure, Phase, StoreUnavailable
 from cluster.objects import ObjectStore
 from cluster.queue import JobQueue
 from cluster.telemetry import redact
+from deployments.controls import Controls
 from deployments.engine import Engine
 from deployments.heartbeat import Heartbeat, end_process
+from deployments.loras.sources import Loras
 from deployments.publish import Publisher
 from deployments.rendering import Report, render_job
 from deployments.running import Run, Stop, Stopped
@@ -51,14 +52,15 @@ class ClaimLoop:
         heartbeat: Heartbeat,
         *,
         owner: str,
-        loras: Path,
+        loras: Loras,
+        controls: Controls,
     ) -> None:
         self._engine = engine
         self._queue = queue
-        self._store = store
         self._heartbeat = heartbeat
         self._owner = owner
         self._loras = loras
+        self._controls = controls
         self._model = engine.spec.id
         self._publisher = Publisher(queue, store, self._settled)
         self._publishing: Future[None] | None = None
@@ -162,7 +164,7 @@ class ClaimLoop:
             self._engine,
             run.spec,
             loras=self._loras,
-            store=self._store,
+            controls=self._controls,
             observer=run,
             report=report,
             skip=run.claim.done,

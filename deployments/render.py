@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 ImageFormat = Literal["jpeg", "png", "webp"]
 
+_WEB = re.compile(r"https?://", re.IGNORECASE)
+
 
 class LoraSpec(BaseModel):
-    """One LoRA of a job: a path below the LoRA root, and the weight it is applied with (-2..2)."""
+    """One LoRA of a job, and the weight it is applied with (-2..2).
+
+    `path` is a path below the LoRA root or a reference to elsewhere, in the one form of
+    `deployments.loras.references`; `sha256` is what the file must have, in lower case hex.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     path: str
     multiplier: float = 1.0
     transformer: Literal["low", "high"] | None = None
+    sha256: str | None = None
 
 
 class PromptSpec(BaseModel):
-    """One picture of a job, every default resolved; `controls` are object store keys of control images.
+    """One picture of a job, every default resolved; `controls` are object store keys or URLs of images.
 
     Width and height are pixels, already floored to the model's divisor; `seed` is in [0, 2**64).
     """
@@ -50,5 +59,37 @@ class RenderSpec(BaseModel):
 
     @property
     def adapter(self) -> str:
-        """The identity of the job's LoRA set, multipliers left out: they change for free."""
-        return "|".join(f"{lora.transformer or ''}:{lora.path}" for lora in self.loras)
+        """The identity of the job's LoRA set, multipliers left out: they change for free. Without secrets."""
+        return "|".join(f"{lora.transformer or ''}:{bare(lora.path)}" for lora in self.loras)
+
+
+def bare(reference: str) -> str:
+    """Return a reference without its query if it is a URL: presigned URLs carry their signature there."""
+    return reference.partition("?")[0] if _WEB.match(reference) else reference
+
+
+def split_secrets(spec: RenderSpec) -> tuple[RenderSpec, list[str]]:
+    """Take the queries out of a job's URLs; returns them in order, or nothing if all are empty."""
+    queries: list[str] = []
+
+    def cut(reference: str) -> str:
+        queries.append(reference.removeprefix(bare(reference)))
+        return bare(reference)
+
+    without = _change_references(spec, cut)
+    return without, queries if any(queries) else []
+
+
+def join_secrets(spec: RenderSpec, queries: Sequence[str]) -> RenderSpec:
+    """Put back what `split_secrets` took out."""
+    rest = iter(queries)
+    return _change_references(spec, lambda reference: reference + next(rest, ""))
+
+
+def _change_references(spec: RenderSpec, change: Callable[[str], str]) -> RenderSpec:
+    loras = tuple(lora.model_copy(update={"path": change(lora.path)}) for lora in spec.loras)
+    prompts = tuple(
+        prompt.model_copy(update={"controls": tuple(change(control) for control in prompt.controls)})
+        for prompt in spec.prompts
+    )
+    return spec.model_copy(update={"loras": loras, "prompts": prompts})

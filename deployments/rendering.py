@@ -8,20 +8,21 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from PIL import Image
 
 from cluster.jobs import FailureCode, JobFailure, Phase
-from cluster.objects import ObjectStore
+from deployments.controls import Controls
 from deployments.engine import Engine, Observer
-from deployments.loras.references import LoraFile, LoraReferenceError, open_lora
-from deployments.media import ImageRejected, Media, decode_control
-from deployments.render import LoraSpec, PromptSpec, RenderSpec
+from deployments.loras.references import LoraFile
+from deployments.loras.sources import Loras
+from deployments.media import Media
+from deployments.render import LoraSpec, PromptSpec, RenderSpec, bare
 
 logger = logging.getLogger(__name__)
 
@@ -72,52 +73,49 @@ def render_job(
     engine: Engine,
     spec: RenderSpec,
     *,
-    loras: Path,
-    store: ObjectStore,
+    loras: Loras,
+    controls: Controls,
     observer: JobObserver,
     report: Report,
     skip: Collection[int] = (),
+    hf_token: str | None = None,
 ) -> Iterator[Rendered]:
     """Render the prompts of `spec` in order, without those in `skip`.
 
-    `loras` is the LoRA root, `store` holds the control images. Warnings and timings are added to `report`.
-    Raises `JobFailure` where the job itself is at fault or the device has no room, and whatever the
-    observer raises.
+    `loras` and `controls` open what the job names; `hf_token` wins over the server's own. Warnings and
+    timings are added to `report`. Raises `JobFailure` where the job itself is at fault or the device has no
+    room, and whatever the observer raises.
     """
-    observer.on_phase(Phase.FETCH)
-    begun = time.monotonic()
-    chosen = [(_open(loras, lora), lora) for lora in spec.loras]
-    report.adapters = frozenset(file.sha256 for file, _ in chosen)
-    observer.on_phase(Phase.LOAD)
-    fetched = time.monotonic()
-    weighted = [(file, lora.multiplier) for file, lora in chosen]
-    report.warnings += _fitting(engine, "the LoRA", partial(engine.use, weighted))
-    report.timings |= {"fetch": fetched - begun, "adapters": time.monotonic() - fetched, "prompts": []}
-    for index, prompt in enumerate(spec.prompts):
-        if index in skip:
-            continue
-        observer.begin_prompt(index)
-        controls = [_control(store, key) for key in prompt.controls]
-        started = time.monotonic()
-        render = partial(_render, engine, weighted, prompt, controls, observer)
-        media = _fitting(engine, f"{prompt.width}x{prompt.height}", render)
-        report.timings["prompts"].append(time.monotonic() - started)
-        yield Rendered(index, media, _manifest(engine, prompt, chosen))
 
+    def fetching() -> None:
+        observer.on_phase(Phase.FETCH)
 
-def _open(root: Path, lora: LoraSpec) -> LoraFile:
-    try:
-        return open_lora(root, lora.path)
-    except LoraReferenceError as error:
-        raise JobFailure(FailureCode(error.code), str(error)) from error
-
-
-def _control(store: ObjectStore, key: str) -> Image.Image:
-    try:
-        # The gateway has bounded its pixels before it stored it.
-        return decode_control(store.get(key), max_pixels=Image.MAX_IMAGE_PIXELS or 0)
-    except ImageRejected as error:
-        raise JobFailure(FailureCode.CONTROL_IMAGE_INVALID, str(error)) from error
+    with ExitStack() as leases:
+        fetching()
+        begun = time.monotonic()
+        chosen = [
+            (leases.enter_context(loras.open(lora, tick=fetching, token=hf_token)), lora)
+            for lora in spec.loras
+        ]
+        report.adapters = frozenset(file.sha256 for file, _ in chosen)
+        observer.on_phase(Phase.LOAD)
+        fetched = time.monotonic()
+        weighted = [(file, lora.multiplier) for file, lora in chosen]
+        report.warnings += _fitting(engine, "the LoRA", partial(engine.use, weighted))
+        report.timings |= {"fetch": fetched - begun, "adapters": time.monotonic() - fetched, "prompts": []}
+        held: dict[str, Image.Image] = {}
+        for index, prompt in enumerate(spec.prompts):
+            if index in skip:
+                continue
+            observer.begin_prompt(index)
+            # Prompts in a row often have the same images.
+            held = {name: held.get(name) or controls.open(name, fetching) for name in prompt.controls}
+            started = time.monotonic()
+            images = [held[name] for name in prompt.controls]
+            render = partial(_render, engine, weighted, prompt, images, observer)
+            media = _fitting(engine, f"{prompt.width}x{prompt.height}", render)
+            report.timings["prompts"].append(time.monotonic() - started)
+            yield Rendered(index, media, _manifest(engine, prompt, chosen))
 
 
 def _render(
@@ -143,5 +141,9 @@ def _fitting(engine: Engine, what: str, action: Callable[[], _T]) -> _T:
 
 
 def _manifest(engine: Engine, prompt: PromptSpec, chosen: list[tuple[LoraFile, LoraSpec]]) -> dict[str, Any]:
-    used = [{**lora.model_dump(exclude_none=True), "sha256": file.sha256} for file, lora in chosen]
-    return {**engine.describe(), "loras": used, "parameters": prompt.model_dump()}
+    used = [
+        {**lora.model_dump(exclude_none=True), "path": bare(lora.path), "sha256": file.sha256}
+        for file, lora in chosen
+    ]
+    parameters = {**prompt.model_dump(), "controls": tuple(bare(control) for control in prompt.controls)}
+    return {**engine.describe(), "loras": used, "parameters": parameters}

@@ -16,9 +16,11 @@ from pydantic import BaseModel, ConfigDict
 from ray import serve
 
 from cluster.database import jobs_url
+from cluster.net import Fetcher
 from cluster.objects import open_store
 from cluster.queue import JobQueue
 from cluster.telemetry import configure_logging
+from cluster.urls import parse_hosts
 from deployments.catalog import CATALOG
 from deployments.heartbeat import Heartbeat
 
@@ -34,6 +36,12 @@ class WorkerConfig(BaseModel):
     jobs: str
     outputs: str
     loras: Path
+    lora_cache: Path
+    lora_cache_bytes: int
+    max_lora_bytes: int
+    max_image_pixels: int
+    fetch_hosts: tuple[str, ...]
+    fetch_buckets: tuple[str, ...]
     checkpoints: Path | None
     model_cache: Path | None
     device: str
@@ -58,7 +66,10 @@ class Worker:
         # Torch and diffusers take seconds to import; the replica has announced itself by then.
         from deployments.checkpoints import Checkpoints
         from deployments.claiming import ClaimLoop
+        from deployments.controls import Controls
         from deployments.engine import Engine
+        from deployments.loras.sources import Loras
+        from deployments.loras.store import LoraStore
 
         engine = Engine(
             CATALOG[model],
@@ -67,13 +78,23 @@ class Worker:
             offload=config.offload,
             adapter_bytes=config.adapter_bytes,
         )
+        fetcher = Fetcher(parse_hosts(config.fetch_hosts))
+        loras = Loras(
+            config.loras,
+            LoraStore(config.lora_cache, config.lora_cache_bytes),
+            fetcher,
+            buckets=config.fetch_buckets,
+            max_bytes=config.max_lora_bytes,
+        )
+        store = open_store(config.outputs)
         self._loop = ClaimLoop(
             engine,
             self._queue,
-            open_store(config.outputs),
+            store,
             self._heartbeat,
             owner=self._owner,
-            loras=config.loras,
+            loras=loras,
+            controls=Controls(store, fetcher, config.max_image_pixels),
         )
         self._heartbeat.start()
         self._loop.start()

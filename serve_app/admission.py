@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Sequence
 
 from cluster.jobs import JobFailure
 from cluster.objects import ObjectStore, content_key
 from cluster.secrets import can_seal
+from cluster.urls import UrlRefused, check_url, parse_hosts, parse_url
 from deployments.catalog import CATALOG, ModelSpec
 from deployments.loras.dialects import dialect_of
 from deployments.loras.header import read_header
+from deployments.loras.links import check, parse
 from deployments.loras.references import LoraReferenceError, resolve
 from deployments.media import ImageRejected, ImageTooLarge, decode_base64, decode_control
-from deployments.render import LoraSpec, PromptSpec, RenderSpec
+from deployments.render import LoraSpec, PromptSpec, RenderSpec, bare
 from serve_app.errors import Code, Refusal
 from serve_app.schemas import InferenceRequest, LoraItem, PromptItem
 from serve_app.settings import Settings
@@ -41,15 +44,16 @@ def admit(request: InferenceRequest, settings: Settings, store: ObjectStore) -> 
     model = CATALOG.get(request.model)
     if model is None:
         raise Refusal(Code.MODEL_NOT_FOUND, supported_models=list(CATALOG))
-    _check_loras(request, settings)
+    references = _check_loras(request, settings)
     _check_control_images_are_there(request, model)
     _check_bounds(request, model, settings)
+    _check_secrets(request, model, references)
     controls = [
         _decode_controls(prompt, index, model, settings) for index, prompt in enumerate(request.prompts)
     ]
     return RenderSpec(
         model=model.id,
-        loras=tuple(_resolve_lora(lora) for lora in request.loras),
+        loras=tuple(map(_resolve_lora, request.loras, references)),
         prompts=tuple(
             _resolve_prompt(request, index, model, tuple(_store(data, store) for data in controls[index]))
             for index in range(len(request.prompts))
@@ -59,14 +63,15 @@ def admit(request: InferenceRequest, settings: Settings, store: ObjectStore) -> 
     )
 
 
-def _check_loras(request: InferenceRequest, settings: Settings) -> None:
+def _check_loras(request: InferenceRequest, settings: Settings) -> list[str]:
+    """Return the reference of each LoRA in its one form."""
     if not request.loras:
         raise _lora_refusal(Code.LORA_FILE_REQUIRED, request)
     if any(lora.transformer for lora in request.loras):
         raise _lora_refusal(Code.MOE_FORMAT_NOT_SUPPORTED, request)
     if len(request.loras) > 1:
         raise _lora_refusal(Code.SINGLE_LORA_ONLY, request)
-    _check_lora_file(request.loras[0].path, settings)
+    return [_check_lora_file(request.loras[0].path, settings)]
 
 
 def _lora_refusal(code: Code, request: InferenceRequest) -> Refusal:
@@ -82,16 +87,19 @@ def _shown(path: str) -> str:
     return f"{url[0]}***" if url else path
 
 
-def _check_lora_file(path: str, settings: Settings) -> None:
+def _check_lora_file(path: str, settings: Settings) -> str:
     shown = _shown(path)
-    if _URL.match(path):
-        raise Refusal(Code.URL_NOT_ENABLED, lora_path=shown)
     try:
+        remote = parse(path)
+        if remote is not None:
+            check(remote, parse_hosts(settings.fetch_hosts), settings.fetch_buckets)
+            return remote.text
         dialect_of(read_header(resolve(settings.loras, path)))
     except (LoraReferenceError, JobFailure) as error:
         raise Refusal(Code[error.code], lora_path=shown, reason=str(error)) from error
     except OSError as error:
         raise Refusal(Code.LORA_NOT_FOUND, lora_path=shown, reason="The file cannot be read.") from error
+    return path
 
 
 def _check_control_images_are_there(request: InferenceRequest, model: ModelSpec) -> None:
@@ -118,18 +126,28 @@ def _check_bounds(request: InferenceRequest, model: ModelSpec, settings: Setting
                 prompt_index=index,
                 most=model.control_images.most,
             )
-    if request.hf_token and not can_seal():
+
+
+def _check_secrets(request: InferenceRequest, model: ModelSpec, references: Sequence[str]) -> None:
+    """Refuse what would have to be stored in clear: a token, and the queries of URLs."""
+    images = [image for prompt in request.prompts for image in prompt.control_images]
+    named = [*references, *(images if model.control_images.most else ())]
+    secret = request.hf_token or any(bare(text) != text for text in named)
+    if secret and not can_seal():
         raise Refusal(Code.SECRET_KEY_REQUIRED)
 
 
-def _decode_controls(prompt: PromptItem, index: int, model: ModelSpec, settings: Settings) -> list[bytes]:
-    """Return the control images that the model takes, as sent; each was decoded to its last pixel."""
+def _decode_controls(
+    prompt: PromptItem, index: int, model: ModelSpec, settings: Settings
+) -> list[bytes | str]:
+    """Return the control images that the model takes: URLs, or bytes as sent, decoded to the last pixel."""
     if not model.control_images.most:
         return []
-    decoded = []
+    decoded: list[bytes | str] = []
     for image in prompt.control_images:
         if image.startswith("http") or _URL.match(image):
-            raise Refusal(Code.URL_NOT_ENABLED, prompt_index=index)
+            decoded.append(_check_control_url(image, index, settings))
+            continue
         try:
             data = decode_base64(image)
             decode_control(data, settings.max_image_pixels)
@@ -142,16 +160,26 @@ def _decode_controls(prompt: PromptItem, index: int, model: ModelSpec, settings:
     return decoded
 
 
-def _store(data: bytes, store: ObjectStore) -> str:
+def _check_control_url(text: str, index: int, settings: Settings) -> str:
+    try:
+        url = parse_url(text)
+        check_url(url, parse_hosts(settings.fetch_hosts))
+    except UrlRefused as error:
+        raise Refusal(Code.URL_NOT_ALLOWED, prompt_index=index, reason=str(error)) from error
+    return url.full
+
+
+def _store(data: bytes | str, store: ObjectStore) -> str:
+    if isinstance(data, str):
+        return data
     key = content_key(data)
     store.put(key, data, "application/octet-stream")
     return key
 
 
-def _resolve_lora(lora: LoraItem) -> LoraSpec:
-    return LoraSpec(
-        path=lora.path, multiplier=1.0 if lora.network_multiplier is None else lora.network_multiplier
-    )
+def _resolve_lora(lora: LoraItem, reference: str) -> LoraSpec:
+    multiplier = 1.0 if lora.network_multiplier is None else lora.network_multiplier
+    return LoraSpec(path=reference, multiplier=multiplier, sha256=lora.sha256)
 
 
 def _resolve_prompt(

@@ -29,7 +29,8 @@ class Code(Enum):
     LORA_FILE_REQUIRED = 400, "A request needs a LoRA: `loras` must not be empty."
     MOE_FORMAT_NOT_SUPPORTED = 400, "This model has one transformer: leave `transformer` out of `loras`."
     SINGLE_LORA_ONLY = 400, "This model takes exactly one LoRA per request."
-    URL_NOT_ENABLED = 400, "URLs are not enabled here: send a path below the LoRA root, images as base64."
+    URL_NOT_ALLOWED = 400, "This service does not fetch from that URL; details.reason says why."
+    LORA_URL_IS_DIRECTORY = 400, "The LoRA's URL names a folder, not a .safetensors file."
     LORA_PATH_NOT_ALLOWED = 400, "A LoRA path must stay inside the LoRA root."
     LORA_NOT_FOUND = 400, "There is no such LoRA file below the LoRA root."
     LORA_FORMAT_NOT_SUPPORTED = 400, "The LoRA is not an intact .safetensors file of a supported kind."
@@ -38,7 +39,7 @@ class Code(Enum):
     PROMPT_TOO_LONG = 400, "A prompt, negative prompt or trigger word is too long."
     RESOLUTION_NOT_SUPPORTED = 400, 'This model has only the resolution "Default".'
     TOO_MANY_CONTROL_IMAGES = 400, "A prompt has more control images than the model takes."
-    SECRET_KEY_REQUIRED = 400, "This service takes no hf_token: without SECRET_KEY it would be kept in clear."
+    SECRET_KEY_REQUIRED = 400, "Without SECRET_KEY, an hf_token or the query of a URL would be kept in clear."
     CONTROL_IMAGE_TOO_LARGE = 400, "A control image has more pixels than this service takes."
     CONTROL_IMAGE_INVALID = 400, "A control image is not base64 of an intact picture."
 

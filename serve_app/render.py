@@ -14,10 +14,15 @@ import torch
 from pydantic import ValidationError
 
 from cluster.jobs import JobFailure
+from cluster.net import Fetcher
 from cluster.objects import DirectoryStore, ObjectStore
+from cluster.urls import parse_hosts
 from deployments.catalog import CATALOG
 from deployments.checkpoints import Checkpoints
+from deployments.controls import Controls
 from deployments.engine import Engine
+from deployments.loras.sources import Loras
+from deployments.loras.store import LoraStore
 from deployments.media import encode
 from deployments.rendering import Rendered, Report, Unwatched, render_job
 from serve_app.admission import admit
@@ -49,6 +54,19 @@ def render_files(files: Sequence[Path], settings: Settings, out: Path, file_form
     return 1 if failed else 0
 
 
+def open_sources(settings: Settings, store: ObjectStore) -> tuple[Loras, Controls]:
+    """Return what opens the LoRAs and control images of requests, as a worker has it."""
+    fetcher = Fetcher(parse_hosts(settings.fetch_hosts))
+    loras = Loras(
+        settings.loras,
+        LoraStore(settings.lora_cache, settings.lora_cache_bytes),
+        fetcher,
+        max_bytes=settings.max_lora_bytes,
+        buckets=settings.fetch_buckets,
+    )
+    return loras, Controls(store, fetcher, settings.max_image_pixels)
+
+
 def _render_file(
     file: Path,
     settings: Settings,
@@ -62,8 +80,9 @@ def _render_file(
         spec = admit(request, settings, store)
         engine = _engine(spec.model, settings, engines)
         report = Report()
+        loras, controls = open_sources(settings, store)
         rendered = render_job(
-            engine, spec, loras=settings.loras, store=store, observer=Unwatched(), report=report
+            engine, spec, loras=loras, controls=controls, observer=Unwatched(), report=report
         )
         outputs = [_write(item, folder, file_format) for item in rendered]
     except OSError as error:

@@ -48,15 +48,16 @@ class _Part(BaseModel):
 
 
 class LoraItem(_Part):
-    """One LoRA of a request. `path` is relative to the LoRA root."""
+    """One LoRA of a request. `path` is relative to the LoRA root, or a reference to elsewhere."""
 
     path: Annotated[str, Field(max_length=MAX_PATH_CHARS), AfterValidator(_plain)]
     transformer: Literal["low", "high"] | None = None
     network_multiplier: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$"), AfterValidator(str.lower)] | None = None
 
 
 class PromptItem(_Part):
-    """One picture of a request; null or absent means the model's default. Control images are base64."""
+    """One picture of a request; null or absent means the model's default. Control images: base64 or URLs."""
 
     prompt: Text
     trigger_word: Text | None = None

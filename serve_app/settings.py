@@ -5,11 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from cluster.urls import parse_hosts
 from deployments.catalog import CATALOG
 from serve_app.schemas import MAX_ITEMS
+
+
+def _split(value: Any) -> Any:  # noqa: ANN401 - whatever the file holds, validated after this
+    """Split what the environment holds: names separated by commas."""
+    if not isinstance(value, str):
+        return value
+    return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
+def _are_hosts(value: tuple[str, ...]) -> tuple[str, ...]:
+    parse_hosts(value)
+    return value
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 
 
 class Settings(BaseSettings):
@@ -28,6 +44,13 @@ class Settings(BaseSettings):
     outputs: Annotated[str, Field(validation_alias="OUTPUT_BASE_PATH")] = "file://var/outputs"
     loras: Annotated[Path, Field(validation_alias="WORKFLOWS_BASE_PATH")] = Path("var/loras")
     lora_cache: Annotated[Path, Field(validation_alias="LORA_DOWNLOAD_CACHE_DIR")] = Path("var/lora_cache")
+    lora_cache_bytes: Annotated[int, Field(ge=0)] = 64 * 2**30
+    max_lora_bytes: Annotated[int, Field(ge=1)] = 4 * 2**30
+    # Beside the public internet: `host` or `host:port` of private networks, and buckets of S3.
+    fetch_hosts: Annotated[
+        Names, AfterValidator(_are_hosts), Field(validation_alias="FETCH_ALLOW_HOSTS")
+    ] = ()
+    fetch_buckets: Annotated[Names, Field(validation_alias="FETCH_ALLOW_BUCKETS")] = ()
     checkpoints: Annotated[Path | None, Field(validation_alias="CHECKPOINTS_PATH")] = None
     model_cache: Annotated[Path | None, Field(validation_alias="MODEL_CACHE_DIR")] = None
     device: Annotated[Literal["auto", "cuda", "cpu"], Field(validation_alias="DEVICE")] = "auto"
@@ -68,7 +91,7 @@ class GatewayArgs(Settings):
     """
 
     base_url: Annotated[str, Field(validation_alias="BASE_URL")] = "http://127.0.0.1:8000"
-    cors_origins: Annotated[tuple[str, ...], NoDecode, Field(validation_alias="CORS_ORIGINS")] = ()
+    cors_origins: Annotated[Names, Field(validation_alias="CORS_ORIGINS")] = ()
     max_body_bytes: Annotated[int, Field(ge=1)] = 64 * 2**20
     max_queued: Annotated[int, Field(ge=1)] = 10_000
     max_queued_per_key: Annotated[int, Field(ge=1)] = 1000
@@ -78,14 +101,6 @@ class GatewayArgs(Settings):
     @classmethod
     def _without_slash(cls, value: str) -> str:
         return value.rstrip("/")
-
-    @field_validator("cors_origins", mode="before")
-    @classmethod
-    def _split(cls, value: Any) -> Any:  # noqa: ANN401 - whatever the file holds, validated after this
-        """Split what the environment holds: origins separated by commas."""
-        if not isinstance(value, str):
-            return value
-        return tuple(origin.strip() for origin in value.split(",") if origin.strip())
 
 
 class ModelsArgs(Settings):

@@ -17,6 +17,9 @@ from deployments.loras.header import Header, shorten, unsupported
 
 T = TypeVar("T")
 
+MAX_RANK = 1024
+"""Far above what trainers make; a larger one only costs memory."""
+
 
 class Role(StrEnum):
     """What a tensor is to its module. LoKr factors are whole (`W1`) or a product (`W1_A @ W1_B`)."""
@@ -52,6 +55,9 @@ _SUFFIXES: tuple[tuple[re.Pattern[str], Role, Dialect | None], ...] = (
     ),
 )
 
+_RANK_AXIS = {Role.DOWN: 0, Role.UP: 1, Role.W1_A: 1, Role.W1_B: 0, Role.W2_A: 1, Role.W2_B: 0}
+"""Which axis of a tensor is the rank."""
+
 _UNSUPPORTED: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\.magnitude$|\.dora_scale$|\.lora_magnitude_vector"), "is a DoRA, which is not supported"),
     (re.compile(r"\.hada_[wt]"), "is a LoHa, which is not supported"),
@@ -73,16 +79,20 @@ def dialect_of(header: Header) -> Dialect:
     """Return the dialect of a file.
 
     Every tensor has to be understood: a file of which a part is ignored would render a picture that is wrong.
-    Raises `JobFailure` (LORA_FORMAT_NOT_SUPPORTED) for a file that is not served.
+    No rank may be above `MAX_RANK`. Raises `JobFailure` (LORA_FORMAT_NOT_SUPPORTED) for a file that is not
+    served.
     """
     found: set[Dialect] = set()
     strange: list[str] = []
-    for name in header.tensors:
+    for name, tensor in header.tensors.items():
         parts = split(name)
         if parts is None:
             strange.append(name)
         elif parts[2]:
             found.add(parts[2])
+            axis = _RANK_AXIS.get(parts[1], 0)
+            if parts[1] in _RANK_AXIS and tensor.shape[axis : axis + 1] > (MAX_RANK,):
+                raise unsupported(f"has rank {tensor.shape[axis]}; at most {MAX_RANK} is allowed")
     for pattern, reason in _UNSUPPORTED:
         if any(pattern.search(name) for name in strange):
             raise unsupported(reason)

@@ -32,6 +32,7 @@ from deployments.engine import Engine
 from deployments.rendering import Report, Unwatched, render_job
 from deployments.tiny import write_tiny_checkpoints, write_tiny_lora
 from serve_app.admission import admit
+from serve_app.render import open_sources
 from serve_app.schemas import InferenceRequest
 from serve_app.settings import Settings
 from tests.service import edited_config, finished, free_port, serve_run, submit
@@ -54,12 +55,13 @@ class Loop:
     def render(self, body: dict[str, Any]) -> float:
         """Render one request; return seconds."""
         spec = admit(InferenceRequest.model_validate(body), self._settings, self._store)
+        loras, controls = open_sources(self._settings, self._store)
         started = time.perf_counter()
         for _ in render_job(
             self._engine,
             spec,
-            loras=self._settings.loras,
-            store=self._store,
+            loras=loras,
+            controls=controls,
             observer=Unwatched(),
             report=Report(),
         ):

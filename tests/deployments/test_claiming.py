@@ -31,6 +31,8 @@ from deployments.heartbeat import EXIT_STALLED, Heartbeat
 from deployments.media import Media
 from deployments.render import LoraSpec, PromptSpec, RenderSpec
 from deployments.tiny import write_tiny_lora
+from serve_app.render import open_sources
+from serve_app.settings import Settings
 from tests.service import wait_until
 
 LEASE_S = 3.0
@@ -46,6 +48,7 @@ class Worker:
     checkpoints: Path
     owner: str = "worker@test:1:a"
     engine: Engine | None = None
+    hosts: tuple[str, ...] = ()
     loop: ClaimLoop = field(init=False)
     heartbeat: Heartbeat = field(init=False)
 
@@ -54,8 +57,18 @@ class Worker:
         self.heartbeat = Heartbeat(
             self.queue, self.owner, "flux", warm=lambda: self.loop.warm, lease_s=LEASE_S
         )
+        settings = Settings.model_validate(
+            {"loras": self.loras, "lora_cache": self.loras.parent / "cache", "fetch_hosts": self.hosts}
+        )
+        loras, controls = open_sources(settings, self.store)
         self.loop = ClaimLoop(
-            engine, self.queue, self.store, self.heartbeat, owner=self.owner, loras=self.loras
+            engine,
+            self.queue,
+            self.store,
+            self.heartbeat,
+            owner=self.owner,
+            loras=loras,
+            controls=controls,
         )
         self.heartbeat.start()
         self.loop.start()

@@ -10,6 +10,7 @@ import pytest
 from cluster.objects import DirectoryStore
 from deployments.rendering import Report, render_job
 from serve_app.admission import admit
+from serve_app.render import open_sources
 from serve_app.schemas import InferenceRequest
 from serve_app.settings import Settings
 from tests.parity.cases import Case, load_cases
@@ -22,7 +23,8 @@ def test_golden(case: Case, studio: Callable[[str], Studio], tmp_path: Path) -> 
     settings = Settings(loras=case.loras)
     spec = admit(InferenceRequest.model_validate(case.request), settings, store)
     engine, report = studio(case.model).engine, Report()
-    job = render_job(engine, spec, loras=case.loras, store=store, observer=Unwatched(), report=report)
+    loras, controls = open_sources(settings, store)
+    job = render_job(engine, spec, loras=loras, controls=controls, observer=Unwatched(), report=report)
     rendered = list(job)
     case.check([item.media.pixels for item in rendered])
     assert tuple(item.manifest["parameters"]["seed"] for item in rendered) == case.seeds

@@ -148,3 +148,42 @@ def test_animations_and_alpha_are_pictures_too(place: Path) -> None:
         text = base64.b64encode(picture.getvalue()).decode()
         spec = admitted(place, body(model="flux_kontext", prompt={"ctrl_img": text}))
         assert spec.prompts[0].controls == (content_key(picture.getvalue()),)
+
+
+@pytest.mark.parametrize(
+    ("path", "stored"),
+    [
+        ("HTTPS://Files.Example.com:443/A.safetensors#x", "https://files.example.com/A.safetensors"),
+        ("https://civitai.com/api/download/models/128713", "https://civitai.com/api/download/models/128713"),
+        (
+            "https://huggingface.co/org/repo/blob/main/a/b%20c.safetensors?download=true",
+            "hf://org/repo/a/b c.safetensors@main",
+        ),
+        (
+            "http://hf.co/org/repo/resolve/refs%2Fpr%2F1/a.safetensors",
+            "hf://org/repo/a.safetensors@refs/pr/1",
+        ),
+        ("hf://org/repo/a.safetensors", "hf://org/repo/a.safetensors@main"),
+        ("hf://org/repo/a.safetensors@v1", "hf://org/repo/a.safetensors@v1"),
+        (
+            "https://huggingface.co/datasets/org/repo/blob/main/a.safetensors",
+            "https://huggingface.co/datasets/org/repo/resolve/main/a.safetensors",
+        ),
+        ("s3://styles/a/b.safetensors", "s3://styles/a/b.safetensors"),
+        ("http://10.0.0.5:9000/a.safetensors", "http://10.0.0.5:9000/a.safetensors"),
+    ],
+)
+def test_references_to_elsewhere_are_kept_in_one_form(place: Path, path: str, stored: str) -> None:
+    listed = {"fetch_buckets": ["styles"], "fetch_hosts": ["10.0.0.5:9000"]}
+    settings = Settings.model_validate({"loras": place, **listed})
+    request = body(lora={"path": path, "sha256": "AB" * 32})
+    spec = admit(InferenceRequest.model_validate(request), settings, DirectoryStore(place / "outputs"))
+    assert spec.loras == (LoraSpec(path=stored, sha256="ab" * 32),)
+
+
+def test_the_url_of_a_control_image_is_kept(place: Path) -> None:
+    spec = admitted(place, body(model="flux_kontext", prompt={"ctrl_img": "https://Files.example.com/a.png"}))
+    assert spec.prompts[0].controls == ("https://files.example.com/a.png",)
+    # A model that takes none does not even look at it.
+    spec = admitted(place, body(prompt={"ctrl_img": "http://127.0.0.1/a.png?secret"}))
+    assert spec.prompts[0].controls == ()

@@ -60,16 +60,27 @@ OTHERS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
 ]
 
-URLS = [
+BAD_URLS = [
     "http://127.0.0.1:8265/",
-    "https://huggingface.co/a/b/blob/main/c.safetensors",
-    f"https://me:{SECRET}@host/a.safetensors?X-Amz-Signature={SECRET}",
+    "http://[::1]/",
+    "http://0/",
+    "http://2130706433/",
+    "http://0x7f.1/",
+    "http://[::ffff:169.254.169.254]/latest/meta-data/",
+    "http://169.254.169.254/latest/meta-data/",
+    "http://localhost:8265/",
+    "http://kubernetes.default.svc/",
+    "http://good\\@evil/a.safetensors",
+    "http://exаmple.com/a.safetensors",  # noqa: RUF001 - a Cyrillic letter
+    "http://example.com./a.safetensors",
+    "http://example.com:6379/a.safetensors",
+    "https://me:password@host.example/a.safetensors",
+    "http://" + "a" * 4000 + ".com/",
     "file:///etc/passwd",
-    "ftp://host/a.safetensors",
-    "gopher://host",
+    "ftp://host.example/a.safetensors",
+    "gopher://host.example",
     "s3://other-bucket/a.safetensors",
-    "hf://org/repo/a.safetensors@main",
-    "HTTPS://HOST/a.safetensors",
+    "http://",
 ]
 
 BAD_IMAGES = {
@@ -148,12 +159,44 @@ def test_our_bounds(
     assert refused(service, request_body) == (code, details, 400)
 
 
-@pytest.mark.parametrize("url", URLS)
-def test_no_url_is_fetched_yet(service: Service, url: str) -> None:
+@pytest.mark.parametrize("url", BAD_URLS)
+def test_urls_that_are_never_fetched(service: Service, url: str) -> None:
     code, details, status = refused(service, body(lora={"path": url}))
-    assert (code, status) == ("URL_NOT_ENABLED", 400)
+    assert (code, status) == ("URL_NOT_ALLOWED", 400)
     assert details["lora_path"] == url.split("://")[0] + "://***"
-    assert refused(service, kontext_body(ctrl_img=url)) == ("URL_NOT_ENABLED", {"prompt_index": 0}, 400)
+    assert details["reason"].endswith(".")
+    code, details, status = refused(service, kontext_body(ctrl_img=url))
+    assert (code, details["prompt_index"], status) == ("URL_NOT_ALLOWED", 0, 400)
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("https://huggingface.co/org/repo/tree/main", "LORA_URL_IS_DIRECTORY"),
+        ("https://huggingface.co/org/repo", "LORA_URL_IS_DIRECTORY"),
+        ("https://huggingface.co/org/repo/blob/main/a.bin", "LORA_FORMAT_NOT_SUPPORTED"),
+        ("https://files.example/a.pt", "LORA_FORMAT_NOT_SUPPORTED"),
+        ("https://files.example/a.CKPT", "LORA_FORMAT_NOT_SUPPORTED"),
+        ("https://files.example/a.tar.gz", "LORA_FORMAT_NOT_SUPPORTED"),
+        ("hf://org/repo/a.zip@main", "LORA_FORMAT_NOT_SUPPORTED"),
+        ("hf://org/../etc/passwd", "URL_NOT_ALLOWED"),
+        ("hf://a.safetensors", "URL_NOT_ALLOWED"),
+    ],
+)
+def test_urls_that_name_no_lora(service: Service, path: str, code: str) -> None:
+    assert refused(service, body(lora={"path": path}))[0] == code
+
+
+@pytest.mark.parametrize("place", ["lora", "control image"])
+def test_a_query_is_not_stored_in_clear(service: Service, place: str) -> None:
+    url = f"https://files.example/a.safetensors?sig={SECRET}"
+    request = body(lora={"path": url}) if place == "lora" else kontext_body(ctrl_img=url)
+    assert refused(service, request) == ("SECRET_KEY_REQUIRED", {}, 400)
+
+
+@pytest.mark.parametrize("sha256", ["", "a" * 63, "g" * 64, "a" * 65])
+def test_a_hash_has_its_form(service: Service, sha256: str) -> None:
+    assert service.post(body(lora={"sha256": sha256})).status_code == 422
 
 
 @pytest.mark.parametrize(
@@ -273,7 +316,8 @@ def test_a_prompt_without_image_is_named_by_its_index(service: Service) -> None:
 
 def test_refusals_leave_no_trace_in_the_job_table(service: Service) -> None:
     service.post(body(hf_token=SECRET))
-    service.post(body(lora={"path": URLS[2]}))
+    service.post(body(lora={"path": f"https://me:{SECRET}@host.example/a?sig={SECRET}"}))
+    service.post(body(lora={"path": f"https://host.example/a?sig={SECRET}"}))
     for file in service.settings.loras.parent.glob("jobs.db*"):
         assert SECRET.encode() not in file.read_bytes()
 

@@ -20,6 +20,8 @@ VARIABLES = {
     "OFFLOAD_MODE": ("offload", "sequential", "sequential"),
     "INFERENCE_TIMEOUT": ("inference_timeout_s", "120", 120.0),
     "BASE_URL": ("base_url", "https://pictures.example/", "https://pictures.example"),
+    "FETCH_ALLOW_HOSTS": ("fetch_hosts", "minio:9000, [::1]", ("minio:9000", "[::1]")),
+    "FETCH_ALLOW_BUCKETS": ("fetch_buckets", "styles, more", ("styles", "more")),
     "CORS_ORIGINS": (
         "cors_origins",
         "https://a.example, https://b.example",
@@ -56,6 +58,8 @@ def test_environment_wins_over_arguments(monkeypatch: pytest.MonkeyPatch, variab
         "inference_timeout_s": 5,
         "base_url": "http://argument",
         "cors_origins": ["http://argument"],
+        "fetch_hosts": ["argument"],
+        "fetch_buckets": ["argument"],
     }
     monkeypatch.setenv(variable, text)
     # Ray builds the arguments with model_validate.
@@ -74,6 +78,8 @@ def test_arguments_of_one_application_are_typed_and_known() -> None:
         Settings.model_validate({"job": "sqlite:///typo.db"})
     with pytest.raises(ValidationError, match="'auto', 'cuda' or 'cpu'"):
         Settings.model_validate({"device": "tpu"})
+    with pytest.raises(ValidationError, match="not a host or host:port: 'http://minio'"):
+        Settings.model_validate({"fetch_hosts": ["http://minio"]})
     with pytest.raises(ValidationError, match="no such model: flix; there are flux"):
         ModelsArgs.model_validate({"models": ["flux", "flix"]})
     with pytest.raises(ValidationError, match="Field required"):

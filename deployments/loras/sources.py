@@ -1,0 +1,204 @@
+"""Opens the LoRAs of jobs wherever they are: below the LoRA root, on the web, on the hub, in S3.
+
+What comes from elsewhere is fetched into the node's store, judged there by its header, and leased for the
+job. The source is asked each time whether its file is still the one that is here. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator
+from contextlib import closing, contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+from urllib.parse import quote
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from huggingface_hub import constants, get_token
+
+from cluster.jobs import FailureCode, JobFailure
+from cluster.net import Fetched, Fetcher, fault_of
+from cluster.pace import FetchError, FetchFault, copy, too_large
+from cluster.urls import Url, parse_url
+from deployments.loras.dialects import dialect_of
+from deployments.loras.header import read_header
+from deployments.loras.links import BucketFile, HubFile, RemoteFile, WebFile, check, parse
+from deployments.loras.references import LoraFile, LoraReferenceError, open_lora
+from deployments.loras.store import Lease, LoraStore
+from deployments.render import LoraSpec
+
+_CODES = {
+    FetchFault.NOT_ALLOWED: FailureCode.URL_NOT_ALLOWED,
+    FetchFault.NOT_FOUND: FailureCode.LORA_NOT_FOUND,
+    FetchFault.DENIED: FailureCode.LORA_ACCESS_DENIED,
+    FetchFault.TOO_LARGE: FailureCode.LORA_TOO_LARGE,
+    FetchFault.UNUSABLE: FailureCode.LORA_UNREACHABLE,
+    FetchFault.UNREACHABLE: FailureCode.LORA_UNREACHABLE,
+}
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+# More than "<": that is also the first byte of a safetensors file whose header has 60 bytes.
+_HTML = re.compile(rb"\s*<(!doctype|html|head|body|!--|\?xml)", re.IGNORECASE)
+
+_IS_HTML = (
+    "The URL leads to a web page, not to a file. Use the file's own download link: on huggingface.co the one"
+    " with /resolve/, on civitai.com https://civitai.com/api/download/models/NUMBER."
+)
+
+Tick: TypeAlias = Callable[[], None]
+
+_Fetch: TypeAlias = Callable[[BinaryIO, str | None], Fetched | None]
+"""Writes a file, or returns None if its source still has the given version."""
+
+
+class Loras:
+    """The LoRAs that jobs may name: those below `root`, and those that `fetcher` may fetch into `store`.
+
+    `buckets` are those of S3 that the operator lists, `max_bytes` bounds a file from elsewhere, `hub` is the
+    endpoint of the Hugging Face hub (`HF_ENDPOINT`).
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        store: LoraStore,
+        fetcher: Fetcher,
+        *,
+        max_bytes: int,
+        buckets: Collection[str] = (),
+        hub: str = constants.ENDPOINT,
+    ) -> None:
+        self._root = root
+        self._store = store
+        self._fetcher = fetcher
+        self._buckets = buckets
+        self._max_bytes = max_bytes
+        self._hub = hub
+
+    @contextmanager
+    def open(
+        self, lora: LoraSpec, *, tick: Tick = lambda: None, token: str | None = None
+    ) -> Iterator[LoraFile]:
+        """Yield the file of a LoRA, which stays on disk until the block ends.
+
+        `tick` is called while bytes come and may raise; `token` is for the hub and wins over the server's.
+        Raises `JobFailure` with the code of what is wrong, and `retry` where it may be right another time.
+        """
+        try:
+            remote = parse(lora.path)
+            lease = None if remote is None else self._obtain(remote, lora.sha256, tick, token)
+            file = lease.lora if lease else open_lora(self._root, lora.path)
+        except LoraReferenceError as error:
+            raise JobFailure(FailureCode(error.code), str(error)) from error
+        except FetchError as error:
+            raise JobFailure(
+                _CODES[error.fault], f"The LoRA cannot be fetched. {error}", retry=error.retry
+            ) from error
+        except OSError as error:
+            message = f"The node's store of LoRAs fails: {error.strerror}."
+            raise JobFailure(FailureCode.LORA_STORE_ERROR, message, retry=True) from error
+        try:
+            _verify(file.sha256, lora.sha256)
+            yield file
+        finally:
+            if lease:
+                lease.close()
+
+    def _obtain(self, remote: RemoteFile, expected: str | None, tick: Tick, token: str | None) -> Lease:
+        check(remote, self._fetcher.hosts, self._buckets)
+        if expected and (lease := self._store.find(expected)):
+            return lease
+        with self._store.flight(remote.text, tick):
+            if isinstance(remote, HubFile):
+                return self._from_hub(remote, expected, tick, token or get_token())
+            get = partial(self._get_object if isinstance(remote, BucketFile) else self._get_url, remote)
+            return self._newest(remote, lambda into, version: get(into, version, tick))
+
+    def _newest(self, remote: RemoteFile, fetch: _Fetch) -> Lease:
+        """Return the file as it is at its source now; it is downloaded unless that version is here."""
+        sha256, version = self._store.recall(remote.text) or (None, None)
+        with self._store.incoming() as into:
+            fetched = fetch(into, version)
+            if fetched is not None:
+                into.flush()
+                _judge(Path(into.name))
+                lease = self._store.keep(into, fetched.sha256)
+                if fetched.etag:
+                    self._store.remember(remote.text, fetched.sha256, fetched.etag)
+                return lease
+        lease = self._store.find(sha256) if sha256 else None
+        if lease is None:
+            raise FetchError(FetchFault.UNREACHABLE, "The node's copy was removed meanwhile.")
+        return lease
+
+    def _from_hub(self, remote: HubFile, expected: str | None, tick: Tick, token: str | None) -> Lease:
+        """Ask the hub for the version of the file, which is its sha256 if it is large; then get that one."""
+        headers = self._fetcher.head(self._hub_url(remote, remote.revision), token=token, tick=tick)
+        etag = headers.get("x-linked-etag") or headers.get("etag", "")
+        version = etag.removeprefix("W/").strip('"')
+        sha256 = version if _SHA256.fullmatch(version) else None
+        if sha256:
+            _verify(sha256, expected)
+            if lease := self._store.find(sha256):
+                return lease
+        url = self._hub_url(remote, headers.get("x-repo-commit") or remote.revision)
+
+        def fetch(into: BinaryIO, known: str | None) -> Fetched | None:
+            if known and known == version:
+                return None
+            fetched = self._fetcher.fetch(url, into, max_bytes=self._max_bytes, token=token, tick=tick)
+            if fetched is None or fetched.sha256 != (sha256 or fetched.sha256):
+                raise FetchError(FetchFault.UNREACHABLE, "The file is not the one that the hub announced.")
+            return Fetched(fetched.sha256, fetched.bytes, version)
+
+        return self._newest(remote, fetch)
+
+    def _hub_url(self, remote: HubFile, revision: str) -> Url:
+        path = f"{remote.repo}/resolve/{quote(revision, safe='')}/{quote(remote.file)}"
+        return parse_url(f"{self._hub}/{path}")
+
+    def _get_url(self, remote: WebFile, into: BinaryIO, version: str | None, tick: Tick) -> Fetched | None:
+        return self._fetcher.fetch(remote.url, into, max_bytes=self._max_bytes, etag=version, tick=tick)
+
+    def _get_object(
+        self, remote: BucketFile, into: BinaryIO, version: str | None, tick: Tick
+    ) -> Fetched | None:
+        pace = self._fetcher.pace(tick)
+        unless = {"IfNoneMatch": version} if version else {}
+        try:
+            answer = self._s3.get_object(Bucket=remote.bucket, Key=remote.key, **unless)
+            with closing(answer["Body"]) as body:
+                if answer["ContentLength"] > self._max_bytes:
+                    raise too_large(self._max_bytes)
+                sha256, size = copy(pace.over(body.iter_chunks(2**16)), into, self._max_bytes)
+        except ClientError as error:
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            if status == 304:
+                return None
+            raise FetchError(fault_of(status), f"S3 answered {status}.") from error
+        except BotoCoreError as error:
+            raise FetchError(FetchFault.UNREACHABLE, "S3 cannot be reached.") from error
+        return Fetched(sha256, size, answer["ETag"])
+
+    @cached_property
+    def _s3(self) -> Any:  # noqa: ANN401 - boto3 makes its clients' types when they are made
+        limits = Config(connect_timeout=10, read_timeout=30, retries={"mode": "standard"})
+        return boto3.client("s3", config=limits)
+
+
+def _verify(sha256: str, expected: str | None) -> None:
+    if expected and sha256 != expected:
+        message = f"The LoRA has the sha256 {sha256}, not the one of the request."
+        raise JobFailure(FailureCode.LORA_HASH_MISMATCH, message)
+
+
+def _judge(path: Path) -> None:
+    """Refuse what is no LoRA before it enters the store."""
+    with path.open("rb") as file:
+        if _HTML.match(file.read(256)):
+            raise JobFailure(FailureCode.LORA_URL_IS_HTML, _IS_HTML)
+    dialect_of(read_header(path))
