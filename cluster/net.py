@@ -86,7 +86,7 @@ class Fetcher:
     def head(
         self, url: Url, *, token: str | None = None, tick: Callable[[], None] = lambda: None
     ) -> Mapping[str, str]:
-        """Return the headers of `url`, names in lower case; a redirect to another origin is an answer too.
+        """Return the headers of `url`, names in lower case; of redirects only relative ones are followed.
 
         Raises as `fetch`.
         """
@@ -99,14 +99,14 @@ class Fetcher:
     def _answer(
         self, method: str, url: Url, headers: Mapping[str, str], token: str | None, pace: Pace, across: bool
     ) -> Iterator[_Answer]:
-        """Yield the first answer that is no redirect, or that leads to another origin unless `across`."""
+        """Yield the first answer that is no redirect, or none by a relative path unless `across`."""
         origin = url
         for _ in range(self._limits.redirects + 1):
             own = (url.scheme, url.netloc) == (origin.scheme, origin.netloc)
             bearer = {"Authorization": f"Bearer {token}"} if token and own else {}
             with self._request(method, url, {**headers, **bearer}, pace) as answer:
                 following = _redirection(url, answer)
-                if following is None or not (across or following.netloc == url.netloc):
+                if following is None or not (across or answer.headers["location"].startswith("/")):
                     yield answer
                     return
             url = following

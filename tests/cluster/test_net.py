@@ -177,7 +177,7 @@ def test_a_token_stays_with_its_origin(site: Site) -> None:
         fetcher.fetch(parse_url(site.url("/a")), io.BytesIO(), max_bytes=9, token=SECRET)
         assert ["Authorization" in headers for _, _, headers in site.requests] == [True, True]
         assert ["Authorization" in headers for _, _, headers in other.requests] == [False]
-        # A HEAD stops where it would leave.
+        # A HEAD follows relative redirects only.
         headers = fetcher.head(parse_url(site.url("/a")), token=SECRET)
         assert headers["location"] == other.url("/b")
         assert len(other.requests) == 1

@@ -34,6 +34,7 @@ from deployments.tiny import write_tiny_lora
 from serve_app.render import open_sources
 from serve_app.settings import Settings
 from tests.service import wait_until
+from tests.web import answer, serving_site
 
 LEASE_S = 3.0
 
@@ -158,6 +159,30 @@ def test_equal_jobs_give_equal_bytes_whatever_ran_between(worker: Worker) -> Non
         with Image.open(path) as image:
             hashes.append(np.asarray(image).tobytes())
     assert hashes[0] == hashes[2] != hashes[1]
+
+
+def test_a_lora_from_a_url_renders_as_the_local_one(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publish, "RETRY_DELAY_S", 0.1)
+    with serving_site() as site:
+        site.file("/x.safetensors", (worker.loras / "a.safetensors").read_bytes())
+        site.pages["/sick.safetensors"] = lambda request: answer(request, 503)
+        worker.hosts = (site.host,)
+        worker.start()
+        jobs = {
+            name: worker.submit(name) for name in ("a", site.url("/x"), site.url("/y"), site.url("/sick"))
+        }
+        ended = [worker.ended(job_id) for job_id in jobs.values()]
+    local, fetched = (worker.queue.outputs(job.id)[0] for job in ended[:2])
+    manifests = [json.loads(worker.store.get(output["manifest_key"])) for output in (local, fetched)]
+    assert manifests[0]["loras"][0]["sha256"] == manifests[1]["loras"][0]["sha256"]
+    paths = [worker.store.local_path(output["key"]) for output in (local, fetched)]
+    pictures = [np.asarray(Image.open(path)) for path in paths if path]
+    assert (pictures[0] == pictures[1]).all()
+    assert [(job.error_code, job.attempts) for job in ended[2:]] == [
+        ("LORA_NOT_FOUND", 1),
+        ("LORA_UNREACHABLE", 3),
+    ]
+    assert worker.loop.warm == {":a.safetensors", f":{site.url('/x.safetensors')}"}
 
 
 def test_a_running_job_is_canceled_at_its_next_step(worker: Worker) -> None:
