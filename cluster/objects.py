@@ -7,13 +7,18 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 PRIVATE = "inputs"
 """First part of the keys of what clients sent; never served."""
 
-_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}"
+
+KEY = re.compile(rf"{_PART}(?:/{_PART})*")
+"""What names an object, in every store alike."""
 
 
 class StoreError(Exception):
@@ -30,6 +35,10 @@ class ObjectStore(Protocol):
         """Store `data`, at once and on disk, or not at all; an object of that key is replaced."""
         ...
 
+    def put_file(self, key: str, path: Path, content_type: str) -> None:
+        """Store a file as `put` stores bytes, without holding it in memory; the file stays where it is."""
+        ...
+
     def get(self, key: str) -> bytes:
         """Return the bytes of an object."""
         ...
@@ -43,7 +52,10 @@ class ObjectStore(Protocol):
         ...
 
     def url(self, key: str, base_url: str) -> str:
-        """Return where clients of the gateway at `base_url` fetch the object; the key is the only secret."""
+        """Return where clients fetch the object: below the gateway at `base_url`, or in the store itself.
+
+        Who has the URL may read the object: it must not be logged or kept.
+        """
         ...
 
     def local_path(self, key: str) -> Path | None:
@@ -66,22 +78,12 @@ class DirectoryStore:
         self._root = root.absolute()
 
     def put(self, key: str, data: bytes, content_type: str) -> None:  # noqa: D102
-        path = self._path(key)
-        # No key begins with a dot: what a crash leaves behind is no object.
-        unfinished = path.with_name(f".{secrets.token_hex(8)}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with unfinished.open("xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                unfinished.replace(path)
-            finally:
-                unfinished.unlink(missing_ok=True)
-            _sync_directory(path.parent)
-        except OSError as error:
-            raise StoreError(f"{key} cannot be stored: {error.strerror}") from error
+        with self._new(key) as file:
+            file.write(data)
+
+    def put_file(self, key: str, path: Path, content_type: str) -> None:  # noqa: D102
+        with self._new(key) as file, path.open("rb") as source:
+            shutil.copyfileobj(source, file)
 
     def get(self, key: str) -> bytes:  # noqa: D102
         try:
@@ -117,22 +119,52 @@ class DirectoryStore:
         except OSError as error:
             raise StoreError(f"{prefix} cannot be removed: {error.strerror}") from error
 
+    @contextmanager
+    def _new(self, key: str) -> Iterator[BinaryIO]:
+        """Open a file that becomes the object of `key`, on disk, when the block ends without an error."""
+        path = self._path(key)
+        # No key begins with a dot: what a crash leaves behind is no object.
+        unfinished = path.with_name(f".{secrets.token_hex(8)}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with unfinished.open("xb") as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                unfinished.replace(path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+            _sync_directory(path.parent)
+        except OSError as error:
+            raise StoreError(f"{key} cannot be stored: {error.strerror}") from error
+
     def _path(self, key: str) -> Path:
-        parts = key.split("/")
-        if not all(_PART.fullmatch(part) for part in parts):
-            raise ValueError(f"not a key of the object store: {key!r}")
-        return self._root.joinpath(*parts)
+        check_key(key)
+        return self._root / key
 
 
 def open_store(url: str) -> ObjectStore:
-    """Return the store at `file://PATH` or at a bare path, relative ones below the working directory.
+    """Return the store at `file://PATH`, a bare path, or `s3://BUCKET/PREFIX?OPTIONS` (docs/operations.md).
 
-    Raises `ValueError` for any other URL.
+    Relative paths start at the working directory. One store per process is enough: its methods may be called
+    from any thread. Raises `ValueError` for any other URL, without repeating it.
     """
+    if url.startswith("s3://"):
+        # The client takes time to import: only where it is wanted.
+        from cluster.s3 import S3Store
+
+        return S3Store(url)
     scheme, separator, path = url.rpartition("://")
     if (separator and scheme != "file") or not path:
-        raise ValueError("outputs go to a directory: use file://PATH or a path")
+        raise ValueError("outputs go to a directory or to S3: use file://PATH, a path, or s3://BUCKET/PREFIX")
     return DirectoryStore(Path(path))
+
+
+def check_key(key: str) -> None:
+    """Raise `ValueError` unless `key` can name an object."""
+    if not KEY.fullmatch(key):
+        raise ValueError(f"not a key of the object store: {key!r}")
 
 
 def content_key(data: bytes) -> str:

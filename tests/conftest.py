@@ -6,13 +6,15 @@ What they import is heavy, so they import it when they are used.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from tests.s3 import Proxy, S3Server
     from tests.studio import Studio
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -57,3 +59,33 @@ def studio(new_studio: Callable[..., Studio]) -> Callable[[str], Studio]:
         return made[model]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One S3 server for all tests."""
+    from tests.s3 import serving_s3
+
+    with serving_s3(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_url(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a store of the test's own; the environment leads to its server, with keys that it takes."""
+    from tests.s3 import BUCKET
+
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{uuid.uuid4()}"
+
+
+@pytest.fixture
+def s3_proxy(s3_server: S3Server, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """Stands between the server and the S3 stores that the test makes."""
+    from tests.s3 import Proxy
+
+    proxy = Proxy(s3_server.url)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
+    yield proxy
+    proxy.close()

@@ -1,4 +1,4 @@
-"""Objects in a directory: all or nothing, and nothing outside of it."""
+"""What every store keeps to, directory and S3; then objects in a directory, and nothing outside of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.objects import DirectoryStore, StoreError, content_key, open_store
+from cluster.objects import DirectoryStore, ObjectStore, StoreError, content_key, open_store
 
 KEY = "0d4c/1/0-Zm9v_-.png"
 
@@ -48,45 +48,70 @@ def store(root: Path) -> DirectoryStore:
     return DirectoryStore(root)
 
 
+@pytest.fixture(params=["directory", "s3"])
+def any_store(request: pytest.FixtureRequest, root: Path) -> ObjectStore:
+    if request.param == "directory":
+        return open_store(f"file://{root}")
+    return open_store(request.getfixturevalue("s3_url"))
+
+
 def files_below(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
-def test_what_is_put_can_be_fetched(store: DirectoryStore, root: Path) -> None:
-    assert not store.exists(KEY)
+def test_what_is_put_can_be_fetched(any_store: ObjectStore) -> None:
+    assert not any_store.exists(KEY)
+    any_store.put(KEY, b"picture", "image/png")
+    assert any_store.exists(KEY)
+    assert any_store.get(KEY) == b"picture"
+    any_store.put(KEY, b"another", "image/png")
+    assert any_store.get(KEY) == b"another"
+    any_store.put("empty", b"", "image/png")
+    assert any_store.get("empty") == b""
+
+
+def test_a_file_is_stored_and_stays(any_store: ObjectStore, tmp_path: Path) -> None:
+    file = tmp_path / "video.mp4"
+    file.write_bytes(bytes(range(256)) * 1000)
+    any_store.put_file("job/0.mp4", file, "video/mp4")
+    assert any_store.get("job/0.mp4") == file.read_bytes()
+    with pytest.raises(StoreError, match=r"job/1.mp4 cannot be stored: .*No such file"):
+        any_store.put_file("job/1.mp4", tmp_path / "none.mp4", "video/mp4")
+    assert not any_store.exists("job/1.mp4")
+
+
+def test_what_is_not_there(any_store: ObjectStore) -> None:
+    assert any_store.local_path(KEY) is None
+    any_store.delete("0d4c")
+    with pytest.raises(StoreError, match=f"{KEY} cannot be read"):
+        any_store.get(KEY)
+
+
+def test_where_an_object_is(store: DirectoryStore, root: Path) -> None:
     store.put(KEY, b"picture", "image/png")
-    assert store.exists(KEY)
-    assert store.get(KEY) == b"picture"
     assert store.location(KEY) == str(root / KEY)
     assert store.url(KEY, "http://host:8000") == f"http://host:8000/outputs/{KEY}"
     assert store.local_path(KEY) == root / KEY
-    store.put(KEY, b"another", "image/png")
-    assert store.get(KEY) == b"another"
     assert files_below(root) == [KEY]
 
 
-def test_what_is_not_there(store: DirectoryStore) -> None:
-    assert store.local_path(KEY) is None
-    store.delete("0d4c")
-    with pytest.raises(StoreError, match="No such file"):
-        store.get(KEY)
-
-
-@pytest.mark.parametrize("key", NOT_KEYS)
-def test_other_names_are_no_keys(store: DirectoryStore, root: Path, key: str) -> None:
-    (root.parent / "secret").write_text("secret")
-    assert store.local_path(key) is None
-    for use in (
-        store.get,
-        store.exists,
-        store.location,
-        store.delete,
-        lambda key: store.url(key, "http://h"),
-    ):
-        with pytest.raises(ValueError, match="not a key"):
-            use(key)
-    with pytest.raises(ValueError, match="not a key"):
-        store.put(key, b"", "text/plain")
+def test_other_names_are_no_keys(any_store: ObjectStore, root: Path) -> None:
+    secret = root.parent / "secret"
+    secret.write_text("secret")
+    uses = (
+        any_store.get,
+        any_store.exists,
+        any_store.location,
+        any_store.delete,
+        lambda key: any_store.url(key, "http://h"),
+        lambda key: any_store.put(key, b"", "text/plain"),
+        lambda key: any_store.put_file(key, secret, "text/plain"),
+    )
+    for key in NOT_KEYS:
+        assert any_store.local_path(key) is None
+        for use in uses:
+            with pytest.raises(ValueError, match="not a key"):
+                use(key)
     assert [path.name for path in root.parent.iterdir()] == ["secret"]
 
 
@@ -118,14 +143,15 @@ def test_a_store_may_lie_behind_a_link(tmp_path: Path) -> None:
     assert store.local_path(KEY) == tmp_path / "disk" / KEY
 
 
-def test_delete_takes_what_lies_below_and_no_more(store: DirectoryStore, root: Path) -> None:
-    for key in ("job/1/0.png", "job/1/1.png", "job/2/0.png", "job2/1/0.png", "single.png"):
-        store.put(key, b"", "image/png")
-    store.delete("job/1")
-    store.delete("single.png")
-    assert files_below(root) == ["job/2/0.png", "job2/1/0.png"]
-    store.delete("job")
-    assert files_below(root) == ["job2/1/0.png"]
+def test_delete_takes_what_lies_below_and_no_more(any_store: ObjectStore) -> None:
+    keys = ("job/1/0.png", "job/1/1.png", "job/2/0.png", "job2/1/0.png", "single.png")
+    for key in keys:
+        any_store.put(key, b"", "image/png")
+    any_store.delete("job/1")
+    any_store.delete("single.png")
+    assert [key for key in keys if any_store.exists(key)] == ["job/2/0.png", "job2/1/0.png"]
+    any_store.delete("job")
+    assert [key for key in keys if any_store.exists(key)] == ["job2/1/0.png"]
 
 
 def test_a_write_that_fails_leaves_nothing_behind(store: DirectoryStore, root: Path) -> None:
@@ -161,21 +187,21 @@ def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:
     assert store.local_path(KEY) is None
 
 
-def test_readers_see_an_object_whole(store: DirectoryStore) -> None:
+def test_readers_see_an_object_whole(any_store: ObjectStore) -> None:
     """One thread replaces an object again and again; another never sees half of it."""
     bodies = [bytes([n]) * 200_000 for n in range(2)]
-    store.put(KEY, bodies[0], "image/png")
+    any_store.put(KEY, bodies[0], "image/png")
     done = threading.Event()
 
     def write() -> None:
         for n in range(30):
-            store.put(KEY, bodies[n % 2], "image/png")
+            any_store.put(KEY, bodies[n % 2], "image/png")
         done.set()
 
     thread = threading.Thread(target=write)
     thread.start()
     while not done.is_set():
-        assert store.get(KEY) in bodies
+        assert any_store.get(KEY) in bodies
     thread.join()
 
 
@@ -190,7 +216,7 @@ def test_where_a_store_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert open_store(url).location("a.png") == str(root / "a.png")
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/prefix", "https://user:s3cret@host/a", "", "file://"])
+@pytest.mark.parametrize("url", ["gs://bucket/prefix", "https://user:s3cret@host/a", "", "file://"])
 def test_other_stores_are_refused(url: str) -> None:
     with pytest.raises(ValueError, match="file://PATH") as refusal:
         open_store(url)
