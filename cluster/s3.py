@@ -73,7 +73,7 @@ class S3Url:
     bucket: str
     prefix: str
     upload: Mapping[str, str]
-    addressing: str
+    addressing: str | None
     expires_s: int
 
     @classmethod
@@ -95,7 +95,7 @@ class S3Url:
             bucket=bucket,
             prefix=f"{prefix}/" if prefix else "",
             upload={name: value for name, value in arguments.items() if value is not None},
-            addressing=options.get("addressing", "auto"),
+            addressing=options.get("addressing"),
             expires_s=int(options.get("expires_s", "3600")),
         )
 
@@ -190,13 +190,16 @@ class S3Store:
 
 
 def _client(place: S3Url) -> Any:  # noqa: ANN401 - botocore makes the class when it runs
+    elsewhere = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     config = Config(
         # Without it some regions get URLs of the old kind, which encrypted objects refuse.
         signature_version="s3v4",
         connect_timeout=CONNECT_S,
         read_timeout=READ_S,
         retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
-        s3={"addressing_style": place.addressing},
+        # Left to itself, botocore signs URLs for AWS's global host, which redirects those of other regions to
+        # a host that they are not signed for.
+        s3={"addressing_style": place.addressing or ("path" if elsewhere else "virtual")},
     )
     # A session of its own: boto3's default one is not safe to share between threads. It reads
     # AWS_DEFAULT_REGION by itself, but not the name that the other SDKs and AWS's containers use.

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable
 
 from PIL import Image
 
 from cluster.jobs import FailureCode, JobFailure
 from cluster.net import Fetcher
-from cluster.objects import ObjectStore
+from cluster.objects import ObjectStore, StoreError
 from cluster.pace import FetchError, FetchFault
 from cluster.urls import parse_url
 from deployments.media import ImageRejected, ImageTooLarge, decode_control
+
+logger = logging.getLogger(__name__)
 
 MAX_CONTROL_BYTES = 64 * 2**20
 """Largest control image that is fetched; as large as a request body by default."""
@@ -36,7 +39,7 @@ class Controls:
         """Return the image in RGB. `tick` is called while bytes come and may raise.
 
         Raises `JobFailure` (CONTROL_IMAGE_INVALID, CONTROL_IMAGE_TOO_LARGE, CONTROL_IMAGE_UNREACHABLE,
-        URL_NOT_ALLOWED), and `StoreError`.
+        URL_NOT_ALLOWED, OUTPUT_STORE_ERROR).
         """
         try:
             if reference.startswith("http"):
@@ -46,6 +49,10 @@ class Controls:
             raise JobFailure(FailureCode.CONTROL_IMAGE_TOO_LARGE, str(error)) from error
         except ImageRejected as error:
             raise JobFailure(FailureCode.CONTROL_IMAGE_INVALID, str(error)) from error
+        except StoreError as error:
+            logger.warning("no control image: %s", error)
+            message = "a control image could not be read from the object store"
+            raise JobFailure(FailureCode.OUTPUT_STORE_ERROR, message, retry=True) from error
 
     def _fetch(self, reference: str, tick: Callable[[], None]) -> bytes:
         into = io.BytesIO()

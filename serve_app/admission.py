@@ -51,11 +51,16 @@ def admit(request: InferenceRequest, settings: Settings, store: ObjectStore) -> 
     controls = [
         _decode_controls(prompt, index, model, settings) for index, prompt in enumerate(request.prompts)
     ]
+    # An image of several prompts goes there once. One that an earlier request left there is stored again all
+    # the same: its age starts anew, so that no rule that removes old objects takes it from this job.
+    for key, data in {key: data for images in controls for key, data in images}.items():
+        if data is not None:
+            store.put(key, data, "application/octet-stream")
     return RenderSpec(
         model=model.id,
         loras=tuple(map(_resolve_lora, request.loras, references)),
         prompts=tuple(
-            _resolve_prompt(request, index, model, tuple(_store(data, store) for data in controls[index]))
+            _resolve_prompt(request, index, model, tuple(key for key, _ in controls[index]))
             for index in range(len(request.prompts))
         ),
         output_format=request.output_format or "jpeg",
@@ -139,14 +144,14 @@ def _check_secrets(request: InferenceRequest, model: ModelSpec, references: Sequ
 
 def _decode_controls(
     prompt: PromptItem, index: int, model: ModelSpec, settings: Settings
-) -> list[bytes | str]:
-    """Return the control images that the model takes: URLs, or bytes as sent, decoded to the last pixel."""
+) -> list[tuple[str, bytes | None]]:
+    """Return the control images that the model takes: URLs, or keys with the bytes as sent, which decode."""
     if not model.control_images.most:
         return []
-    decoded: list[bytes | str] = []
+    decoded: list[tuple[str, bytes | None]] = []
     for image in prompt.control_images:
         if image.startswith("http") or _URL.match(image):
-            decoded.append(_check_control_url(image, index, settings))
+            decoded.append((_check_control_url(image, index, settings), None))
             continue
         try:
             data = decode_base64(image)
@@ -156,7 +161,7 @@ def _decode_controls(
             raise Refusal(Code.CONTROL_IMAGE_TOO_LARGE, prompt_index=index, max_pixels=most) from error
         except ImageRejected as error:
             raise Refusal(Code.CONTROL_IMAGE_INVALID, prompt_index=index, reason=str(error)) from error
-        decoded.append(data)
+        decoded.append((content_key(data), data))
     return decoded
 
 
@@ -167,14 +172,6 @@ def _check_control_url(text: str, index: int, settings: Settings) -> str:
     except UrlRefused as error:
         raise Refusal(Code.URL_NOT_ALLOWED, prompt_index=index, reason=str(error)) from error
     return url.full
-
-
-def _store(data: bytes | str, store: ObjectStore) -> str:
-    if isinstance(data, str):
-        return data
-    key = content_key(data)
-    store.put(key, data, "application/octet-stream")
-    return key
 
 
 def _resolve_lora(lora: LoraItem, reference: str) -> LoraSpec:

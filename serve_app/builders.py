@@ -98,7 +98,7 @@ def _refuse_several_nodes(settings: Settings) -> None:
         return
     if urlsplit(jobs_url(settings.jobs)).scheme.startswith("sqlite"):
         raise RuntimeError("SQLite serves one node only: set JOBS_URL to a PostgreSQL database")
-    if "s3" not in settings.outputs.split("://")[0]:
+    if not settings.outputs.startswith("s3://"):
         raise RuntimeError(
             "a local output directory serves one node only: set OUTPUT_BASE_PATH to s3://BUCKET"
         )

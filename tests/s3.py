@@ -96,6 +96,7 @@ class Proxy:
 
     def close(self) -> None:
         """Accept no more connections."""
+        self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
     def _accept(self) -> None:

@@ -106,6 +106,44 @@ def test_a_url_gives_nothing_else(store: S3Store) -> None:
     assert store.get(KEY) == b"picture"
 
 
+@pytest.mark.parametrize(
+    ("place", "environment", "start"),
+    [
+        ("pictures", {"AWS_REGION": "eu-west-1"}, "https://pictures.s3.eu-west-1.amazonaws.com/a.png?"),
+        (
+            "pictures",
+            {"AWS_DEFAULT_REGION": "eu-west-2"},
+            "https://pictures.s3.eu-west-2.amazonaws.com/a.png?",
+        ),
+        ("my.pictures", {"AWS_REGION": "eu-west-1"}, "https://s3.eu-west-1.amazonaws.com/my.pictures/a.png?"),
+        (
+            "pictures?addressing=path",
+            {"AWS_REGION": "eu-west-1"},
+            "https://s3.eu-west-1.amazonaws.com/pictures/",
+        ),
+        ("pictures", {"AWS_ENDPOINT_URL_S3": "http://minio:9000"}, "http://minio:9000/pictures/a.png?"),
+        ("pictures", {"AWS_ENDPOINT_URL": "https://minio"}, "https://minio/pictures/a.png?"),
+        (
+            "pictures?addressing=virtual",
+            {"AWS_ENDPOINT_URL_S3": "http://minio:9000"},
+            "http://pictures.minio:9000/a.png?",
+        ),
+    ],
+)
+def test_urls_lead_to_the_host_that_they_are_signed_for(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch, place: str, environment: dict[str, str], start: str
+) -> None:
+    """Nothing is sent: AWS cannot be asked here."""
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    url = S3Store(f"s3://{place}").url("a.png", "http://gateway")
+    assert url.startswith(start)
+    region = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION") or "us-east-1"
+    assert f"%2F{region}%2Fs3%2Faws4_request" in url
+
+
 def test_a_deletion_takes_every_page(store: S3Store, s3_url: str) -> None:
     """A thousand objects fill one page of a listing and one request to delete."""
     keys = [f"job/{index}.json" for index in range(1001)]
@@ -143,7 +181,7 @@ def test_threads_share_one_store(store: S3Store) -> None:
 def test_what_a_url_says() -> None:
     plain = S3Url.parse("s3://pictures")
     assert (plain.bucket, plain.prefix, plain.upload) == ("pictures", "", {})
-    assert (plain.addressing, plain.expires_s) == ("auto", 3600)
+    assert (plain.addressing, plain.expires_s) == (None, 3600)
     full = S3Url.parse(
         "s3://my.pictures/a/b/?sse=AES256&storage_class=GLACIER_IR&addressing=path&expires_s=604800"
     )

@@ -21,7 +21,7 @@ from deployments.render import LoraSpec, PromptSpec, RenderSpec
 from serve_app.admission import admit
 from serve_app.schemas import InferenceRequest
 from serve_app.settings import Settings
-from tests.serve_app.conftest import base64_png, body, png
+from tests.serve_app.conftest import base64_png, body, kontext_body, png
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +131,27 @@ def test_control_images_are_stored_as_sent_under_their_hash(place: Path, prefix:
     (key,) = spec.prompts[0].controls
     assert key == content_key(data)
     assert DirectoryStore(place / "outputs").get(key) == data
+
+
+def test_an_image_of_several_prompts_is_stored_once_for_each_request(place: Path) -> None:
+    class CountedStore(DirectoryStore):
+        puts = 0
+
+        def put(self, key: str, data: bytes, content_type: str) -> None:
+            self.puts += 1
+            super().put(key, data, content_type)
+
+    store = CountedStore(place / "counted")
+    request = kontext_body()
+    request["prompts"] *= 3
+    for puts in (1, 2):
+        spec = admit(
+            InferenceRequest.model_validate(request),
+            Settings.model_validate({"loras": place}),
+            store,
+        )
+        assert [prompt.controls for prompt in spec.prompts] == [(content_key(png()),)] * 3
+        assert store.puts == puts, "stored again by the next request: its age starts anew"
 
 
 @pytest.mark.parametrize("slot", ["ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3"])
