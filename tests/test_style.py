@@ -20,7 +20,9 @@ def test_the_tree_is_clean(command: list[str]) -> None:
     "module", ["serve_app", "serve_app.gateway", "serve_app.cli", "deployments.catalog", "deployments.worker"]
 )
 def test_import_loads_nothing_heavy(module: str) -> None:
-    code = f"import sys, {module}; sys.exit(sorted({{'torch', 'diffusers', 'boto3'}} & set(sys.modules)) or 0)"
+    code = (
+        f"import sys, {module}; sys.exit(sorted({{'torch', 'diffusers', 'boto3'}} & set(sys.modules)) or 0)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
