@@ -19,6 +19,15 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A component from another repository: its class as `library.Class`, its folder there ("" is the top)."""
+
+    class_name: str
+    checkpoint: Checkpoint
+    folder: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ControlImages:
     """How many control images a prompt takes. With `most` 0, images sent are ignored, with a warning."""
 
@@ -31,8 +40,10 @@ class ModelSpec:
     """One model id.
 
     `pipeline` and the scheduler's class are diffusers class names; `scheduler` replaces the repository's own.
-    Defaults are the reference server's: sizes in pixels, floored to `divisor` in requests. `arguments` names
-    the function of the family's module in `pipelines` that adds arguments to the pipeline's call.
+    `parts` are components from other repositories. Defaults are the reference server's: sizes in pixels,
+    floored to `divisor` in requests. `guidance_argument` is what the pipeline's call names guidance;
+    `call_options` are passed to every call. `adjust` and `arguments` name functions of the family's module in
+    `pipelines`: the first changes the loaded pipeline, the second adds arguments to its call.
     `memory_gib` is the size of each part in bfloat16. `licence` is the SPDX name or the licence's own.
     """
 
@@ -47,13 +58,33 @@ class ModelSpec:
     width: int = 1024
     height: int = 1024
     scheduler: tuple[str, Mapping[str, Any]] | None = None
+    parts: Mapping[str, Part] = field(default_factory=lambda: MappingProxyType({}))
     load_options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    call_options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    guidance_argument: str = "guidance_scale"
     negative_prompt: bool = True
     control_images: ControlImages = ControlImages()
+    adjust: str | None = None
     arguments: str | None = None
     memory_gib: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     licence: str = ""
 
+
+FLUX_SCHEDULE: tuple[str, Mapping[str, Any]] = (
+    "FlowMatchEulerDiscreteScheduler",
+    MappingProxyType(
+        {
+            "num_train_timesteps": 1000,
+            "shift": 3.0,
+            "use_dynamic_shifting": True,
+            "base_shift": 0.5,
+            "max_shift": 1.15,
+            "base_image_seq_len": 256,
+            "max_image_seq_len": 4096,
+        }
+    ),
+)
+"""FLUX.1's schedule, shifted by the picture's size: the trainer samples each model of this kind with it."""
 
 FLOW_SHIFT_3: tuple[str, Mapping[str, Any]] = (
     "FlowMatchEulerDiscreteScheduler",
@@ -106,6 +137,20 @@ _ROWS = (
         arguments="edit_arguments",
         memory_gib={"transformer": 22.2, "text_encoder_2": 8.9, "text_encoder": 0.2, "vae": 0.16},
         licence="FLUX.1 [dev] Non-Commercial",
+    ),
+    ModelSpec(
+        id="flex1",
+        family="flux",
+        title="Flex.1 [alpha]",
+        pipeline="FluxPipeline",
+        checkpoint=Checkpoint(repo="ostris/Flex.1-alpha"),
+        scheduler=FLUX_SCHEDULE,
+        steps=25,
+        guidance=4.0,
+        divisor=16,
+        negative_prompt=False,
+        memory_gib={"transformer": 15.2, "text_encoder_2": 8.9, "text_encoder": 0.2, "vae": 0.16},
+        licence="Apache-2.0",
     ),
     ModelSpec(
         id="sd15",

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from cluster.jobs import FailureCode, JobFailure
-from deployments.catalog import Checkpoint
+from deployments.catalog import Checkpoint, Part
 
 LOCAL = "local"
 """The revision of a checkpoint that is a plain directory."""
 
 _INDEX = "model_index.json"
+
+_TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
+"""Configs and tokenizers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,17 @@ class Checkpoints:
 
         `without` names components that are not loaded. Raises `JobFailure` (MODEL_LOAD_FAILED).
         """
+        return self._locate(checkpoint, lambda: self._download(checkpoint, without))
+
+    def locate_part(self, part: Part) -> Located:
+        """Return the directory that holds one component's files; from the hub only its folder comes.
+
+        Raises `JobFailure` (MODEL_LOAD_FAILED).
+        """
+        located = self._locate(part.checkpoint, lambda: self._download_part(part))
+        return replace(located, directory=located.directory / part.folder)
+
+    def _locate(self, checkpoint: Checkpoint, download: Callable[[], Located]) -> Located:
         folder = checkpoint.repo.replace("/", "--")
         if self._root is not None and (self._root / folder).is_dir():
             directory = self._root / folder
@@ -49,9 +63,21 @@ class Checkpoints:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
             raise _not_found(f"{checkpoint.repo}: {looked}, and HF_HUB_OFFLINE is set")
         try:
-            return self._download(checkpoint, without)
+            return download()
         except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
             raise _not_found(f"{checkpoint.repo}: {looked}, and the hub says: {error}") from error
+
+    def _download_part(self, part: Part) -> Located:
+        path = f"{part.folder}/" if part.folder else ""
+        directory = snapshot_download(
+            part.checkpoint.repo,
+            revision=part.checkpoint.revision,
+            cache_dir=self._cache_dir,
+            allow_patterns=[f"{path}{kind}" for kind in (*_TEXTS, "*.safetensors")],
+            # The patterns' star matches a slash too.
+            ignore_patterns=[f"{path}*/*"],
+        )
+        return Located(Path(directory), Path(directory).name, None)
 
     def _download(self, checkpoint: Checkpoint, without: Collection[str]) -> Located:
         repo, variant = checkpoint.repo, checkpoint.variant
@@ -64,8 +90,7 @@ class Checkpoints:
         # A snapshot's folder is named by its commit: from here on a moving branch cannot mix two revisions.
         directory, commit = index.parent, index.parent.name
         for weights in [f"*.{variant}*.safetensors", "*.safetensors"] if variant else ["*.safetensors"]:
-            kinds = ("*.json", "*.txt", "*.model", weights)
-            wanted = [f"{name}/{kind}" for name in components for kind in kinds]
+            wanted = [f"{name}/{kind}" for name in components for kind in (*_TEXTS, weights)]
             snapshot_download(repo, revision=commit, cache_dir=self._cache_dir, allow_patterns=wanted)
             if any(directory.glob(f"*/{weights}")):
                 break

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ import transformers
 from PIL import Image
 
 from cluster.jobs import Phase
-from deployments.catalog import ModelSpec
+from deployments.catalog import ModelSpec, Part
 from deployments.checkpoints import Checkpoints, Located
 from deployments.loras.adapters import Adapters
 from deployments.loras.references import LoraFile
@@ -69,6 +69,7 @@ class Engine:
         self._adapter_bytes = adapter_bytes
         self._pipeline: Any = None
         self._located: Located | None = None
+        self._parts: dict[str, str] = {}
         self._adapters: Adapters | None = None
 
     def load(self) -> None:
@@ -79,7 +80,7 @@ class Engine:
         """
         _be_deterministic()
         absent = [name for name, value in self.spec.load_options.items() if value is None]
-        self._located = self._checkpoints.locate(self.spec.checkpoint, without=absent)
+        self._located = self._checkpoints.locate(self.spec.checkpoint, without=[*absent, *self.spec.parts])
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         # Transformers initialises some parts at random before it reads their weights.
@@ -91,11 +92,14 @@ class Engine:
                 use_safetensors=True,
                 local_files_only=True,
                 **self.spec.load_options,
+                **{name: self._load_part(name, part) for name, part in self.spec.parts.items()},
             )
         if self.spec.scheduler:
             # Not through the constructor: the one of Stable Diffusion 1.5 changes `steps_offset` 0 to 1.
             class_name, config = self.spec.scheduler
             pipeline.scheduler = getattr(diffusers, class_name)(**config)
+        if self.spec.adjust:
+            self._family_function(self.spec.adjust)(pipeline)
         pipeline.set_progress_bar_config(disable=True)
         self._place(pipeline)
         self._pipeline = pipeline
@@ -152,6 +156,7 @@ class Engine:
             "model": self.spec.id,
             "checkpoint": self.spec.checkpoint.repo,
             "revision": self._located.revision if self._located else None,
+            "parts": dict(self._parts),
             "versions": {name: _version(name) for name in _PACKAGES},
             "device": torch.cuda.get_device_name(self._device) if cuda else self._device.type,
             "dtype": str(self._dtype).removeprefix("torch."),
@@ -171,6 +176,15 @@ class Engine:
             raise RuntimeError("the engine is not loaded")
         return self._adapters
 
+    def _load_part(self, name: str, part: Part) -> Any:  # noqa: ANN401 - a model or a tokenizer
+        located = self._checkpoints.locate_part(part)
+        self._parts[name] = f"{part.checkpoint.repo}@{located.revision}"
+        library, class_name = part.class_name.split(".")
+        part_class = getattr(importlib.import_module(library), class_name)
+        is_model = issubclass(part_class, torch.nn.Module)
+        options = {"dtype": self._dtype, "use_safetensors": True} if is_model else {}
+        return part_class.from_pretrained(located.directory, local_files_only=True, **options)
+
     def _place(self, pipeline: Any) -> None:  # noqa: ANN401 - any diffusers pipeline
         if self._device.type == "cpu" or self._offload == "none":
             pipeline.to(self._device)
@@ -185,16 +199,19 @@ class Engine:
             "width": prompt.width,
             "height": prompt.height,
             "num_inference_steps": prompt.steps,
-            "guidance_scale": prompt.guidance,
+            self.spec.guidance_argument: prompt.guidance,
             "generator": torch.Generator("cpu").manual_seed(prompt.seed),
+            **self.spec.call_options,
         }
         if self.spec.negative_prompt:
             # Always a string: to the SD pipelines, none at all means another embedding than an empty one.
             arguments["negative_prompt"] = prompt.neg
         if self.spec.arguments:
-            family = importlib.import_module(f"deployments.pipelines.{self.spec.family}")
-            arguments |= getattr(family, self.spec.arguments)(prompt, controls)
+            arguments |= self._family_function(self.spec.arguments)(self._pipeline, prompt, controls)
         return arguments
+
+    def _family_function(self, name: str) -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"deployments.pipelines.{self.spec.family}"), name)
 
 
 _PACKAGES = ("lora-serve", "torch", "diffusers", "transformers")

@@ -11,6 +11,7 @@ import math
 import shutil
 import zlib
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -29,13 +30,16 @@ _RANK = 4
 def materialize(source: Path, target: Path) -> None:
     """Write a checkpoint in diffusers layout, float32 safetensors, from one that has configs but no weights.
 
-    `source` holds `model_index.json` and a folder per component. The global random state is left as it was.
+    `source` holds `model_index.json` and a folder per component, or components alone, each beside its
+    `config.json`. The global random state is left as it was.
     """
     shutil.copytree(source, target, dirs_exist_ok=True)
-    for name, entry in json.loads((source / "model_index.json").read_text()).items():
-        match entry:
-            case ["diffusers" | "transformers" as library, str(class_name)]:
-                _materialize_component(library, class_name, target / name)
+    index = source / "model_index.json"
+    entries = json.loads(index.read_text()) if index.exists() else {}
+    # Schedulers and tokenizers have no config.json and no weights.
+    for file in sorted(source.rglob("config.json")):
+        library, class_name = entries.get(file.parent.name) or _class_of(json.loads(file.read_text()))
+        _materialize_component(library, class_name, target / file.parent.relative_to(source))
 
 
 def write_tiny_checkpoints(target: Path) -> None:
@@ -65,9 +69,13 @@ def write_tiny_lora(path: Path, seed: int) -> None:
     save_file(tensors, path, metadata={"ss_base_model_version": "flux.1"})
 
 
+def _class_of(config: dict[str, Any]) -> tuple[str, str]:
+    if "_class_name" in config:
+        return "diffusers", config["_class_name"]
+    return "transformers", config["architectures"][0]
+
+
 def _materialize_component(library: str, class_name: str, folder: Path) -> None:
-    if not (folder / "config.json").exists():
-        return  # Schedulers and tokenizers have no weights.
     with torch.random.fork_rng(devices=[]):
         if library == "diffusers":
             model_class = getattr(diffusers, class_name)

@@ -10,7 +10,7 @@ from PIL import Image
 from deployments.render import PromptSpec
 
 
-def edit_arguments(prompt: PromptSpec, controls: Sequence[Image.Image]) -> dict[str, Any]:
+def edit_arguments(_pipeline: Any, prompt: PromptSpec, controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401
     """Arguments for FLUX.1 Kontext: the control image stretched to the output size, as it was trained.
 
     Without the last two diffusers would scale the output to one megapixel and the image to sizes of its own.

@@ -1,7 +1,7 @@
 """The golden cases: requests, the pictures that must come out, and the tiny checkpoints they run on.
 
 Each model id has a folder: `cases.json`, `*.npy` (uint8, H x W x 3, before any encoding), `lora/` as LoRA
-root, `repos.json` from repository to the folder with its configs and tokenizers.
+root, `repos.json` from repository to the folder (or folders, put together) with its configs and tokenizers.
 """
 
 from __future__ import annotations
@@ -77,5 +77,6 @@ def write_mirror(target: Path) -> None:
     from deployments.tiny import materialize
 
     for file in sorted(FOLDER.glob("*/repos.json")):
-        for repo, folder in json.loads(file.read_text()).items():
-            materialize(file.parent / folder, target / repo.replace("/", "--"))
+        for repo, folders in json.loads(file.read_text()).items():
+            for folder in [folders] if isinstance(folders, str) else folders:
+                materialize(file.parent / folder, target / repo.replace("/", "--"))

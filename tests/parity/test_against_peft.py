@@ -6,45 +6,35 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deployments.catalog import CATALOG, ModelSpec
 from deployments.loras.references import open_lora
 from tests.parity.cases import FOLDER, MODELS
 from tests.studio import Studio, largest_difference
 
+Get = Callable[[str], Studio]
+
 FILES = [(model, file.name) for model in MODELS for file in sorted((FOLDER / model / "lora").iterdir())]
 
 
-def picture_by_peft(
-    spec: ModelSpec, checkpoints: Path, lora: Path, multiplier: float, call: dict[str, Any]
-) -> Any:
-    folder = checkpoints / spec.checkpoint.repo.replace("/", "--")
-    pipeline = getattr(diffusers, spec.pipeline).from_pretrained(
-        folder, dtype=torch.float32, **spec.load_options
-    )
-    if spec.scheduler:
-        pipeline.scheduler = getattr(diffusers, spec.scheduler[0])(**spec.scheduler[1])
-    pipeline.set_progress_bar_config(disable=True)
+def picture_by_peft(used: Studio, lora: Path, multiplier: float) -> Any:
+    """Render on a pipeline that our adapters have not touched and peft may change for good."""
+    pipeline = used.engine._pipeline
     pipeline.load_lora_weights(load_file(lora), adapter_name="lora")
     pipeline.set_adapters(["lora"], [multiplier])
-    images = pipeline(**call, output_type="np").images
-    return (images[0] * 255).round().astype(np.uint8)
+    return used.picture()
 
 
 @pytest.fixture
-def both(checkpoints: Path, studio: Callable[[str], Studio]) -> Callable[[str, Path, float], tuple[Any, Any]]:
+def both(studio: Get, new_studio: Get) -> Callable[[str, Path, float], tuple[Any, Any]]:
     """Render one prompt on `model` with a LoRA file, by us and by peft."""
 
     def render(model: str, lora: Path, multiplier: float) -> tuple[Any, Any]:
         used = studio(model)
         used.engine.use([(open_lora(lora.parent, lora.name), multiplier)])
-        call = used.engine._arguments(used.prompt(), used.controls)
-        return used.picture(), picture_by_peft(CATALOG[model], checkpoints, lora, multiplier, call)
+        return used.picture(), picture_by_peft(new_studio(model), lora, multiplier)
 
     return render
 
