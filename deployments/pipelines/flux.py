@@ -1,11 +1,13 @@
-"""FLUX.1: what differs from a plain diffusers call."""
+"""FLUX.1 and Flex: what differs from a plain diffusers call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from PIL import Image
+from torch import nn
 
 from deployments.render import PromptSpec
 
@@ -21,3 +23,23 @@ def edit_arguments(_pipeline: Any, prompt: PromptSpec, controls: Sequence[Image.
         "max_area": prompt.width * prompt.height,
         "_auto_resize": False,
     }
+
+
+def feed_flex2(pipeline: Any) -> None:  # noqa: ANN401 - any diffusers pipeline
+    """Make FLUX.1's pipeline drive Flex.2, which sees 132 more channels: nothing kept, nothing to follow.
+
+    The pipeline takes the size of its latents from `in_channels`; the transformer itself keeps its 196.
+    """
+    pipeline.transformer.register_to_config(in_channels=64)
+    pipeline.transformer.register_forward_pre_hook(_widen, with_kwargs=True)
+
+
+def _widen(
+    _transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Append to the latents [batch, tokens, 64]: inpaint latents (64), mask (4), control latents (64)."""
+    latents = kwargs["hidden_states"]
+    nothing = torch.zeros_like(latents)
+    # Ones in the mask: paint everything.
+    wide = torch.cat([latents, nothing, torch.ones_like(latents[..., :4]), nothing], dim=-1)
+    return args, {**kwargs, "hidden_states": wide}
