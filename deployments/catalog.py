@@ -168,6 +168,23 @@ _ROWS = (
         licence="Apache-2.0",
     ),
     ModelSpec(
+        id="chroma",
+        family="chroma",
+        title="Chroma1 Base",
+        pipeline="ChromaPipeline",
+        checkpoint=Checkpoint(repo="lodestones/Chroma1-Base"),
+        scheduler=FLUX_SCHEDULE,
+        adjust="correct_norms",
+        arguments="text_arguments",
+        steps=25,
+        guidance=4.0,
+        divisor=32,
+        # It guides away from the empty text, whatever is sent.
+        negative_prompt=False,
+        memory_gib={"transformer": 16.6, "text_encoder": 8.9, "vae": 0.16},
+        licence="Apache-2.0",
+    ),
+    ModelSpec(
         id="sd15",
         family="sd",
         title="Stable Diffusion 1.5",

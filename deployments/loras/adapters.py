@@ -108,13 +108,15 @@ class Adapters:
         deltas: dict[Layer, Delta] = {}
         for stem, (target, parts) in found.items():
             delta = build(stem, parts)
-            if target.layer is None:
+            if not target.layers:
                 continue
-            if target.layer in deltas:
+            if not deltas.keys().isdisjoint(target.layers):
                 raise unsupported(f"names a layer twice, at {shorten(stem)}")
-            if not delta.fits(target.layer):
-                raise JobFailure(FailureCode.LORA_NO_MATCH, _misfit(stem, delta, target.layer))
-            deltas[target.layer] = delta.to(torch.device("cpu"), target.layer.weight.dtype)
+            if not delta.fits(target.layers):
+                raise JobFailure(FailureCode.LORA_NO_MATCH, _misfit(stem, delta, target.layers))
+            pieces = delta.split([layer.weight.shape[0] for layer in target.layers])
+            for layer, piece in zip(target.layers, pieces, strict=True):
+                deltas[layer] = piece.to(torch.device("cpu"), layer.weight.dtype)
         if not deltas:
             message = f"The LoRA matches no layer of the model: {_some(found)}."
             raise JobFailure(FailureCode.LORA_NO_MATCH, message)
@@ -128,10 +130,14 @@ class Adapters:
 
     def _match(self, tensors: dict[str, Tensor]) -> _Found:
         found = self._find(tensors)
-        denoiser = {stem for stem in found if found[stem][0].component == self._targets.denoiser}
-        if denoiser and not any(found[stem][0].layer for stem in denoiser):
-            # Not one name is ours: a file in the naming of the model's original code.
-            foreign = {name: tensor for name, tensor in tensors.items() if stem_of(name) in denoiser}
+        unknown = {
+            stem
+            for stem, (target, _) in found.items()
+            if target.component == self._targets.denoiser and not target.layers
+        }
+        if unknown:
+            # Names of a model's original code, or of an older diffusers.
+            foreign = {name: tensor for name, tensor in tensors.items() if stem_of(name) in unknown}
             ours = {name: tensor for name, tensor in tensors.items() if name not in foreign}
             found = self._find(ours | rename(self._pipeline, foreign))
         return found
@@ -163,18 +169,19 @@ def _read(file: LoraFile) -> dict[str, Tensor]:
     return tensors
 
 
-def _misfit(stem: str, delta: Delta, layer: Layer) -> str:
-    shapes = " and ".join(str(list(tensor.shape)) for tensor in delta.tensors)
+def _misfit(stem: str, delta: Delta, layers: Sequence[Layer]) -> str:
+    matrices = " and ".join(str(list(tensor.shape)) for tensor in delta.tensors)
+    weights = " and ".join(str(list(layer.weight.shape)) for layer in layers)
     return (
-        f"The LoRA is for another model: its matrices {shapes} at {shorten(stem)} do not fit a layer"
-        f" of shape {list(layer.weight.shape)}."
+        f"The LoRA is for another model: its matrices {matrices} at {shorten(stem)} do not fit"
+        f" the model's weights of shape {weights}."
     )
 
 
 def _warning(found: _Found) -> str | None:
     """Say how many modules of the file match no layer, by component, with a few of their names."""
     total = Counter(target.component for target, _ in found.values())
-    unmatched = {stem: target.component for stem, (target, _) in found.items() if target.layer is None}
+    unmatched = {stem: target.component for stem, (target, _) in found.items() if not target.layers}
     if not unmatched:
         return None
     counts = [f"{count} of {total[name]} of {name}" for name, count in Counter(unmatched.values()).items()]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Protocol, TypeAlias
 
 import torch
@@ -33,8 +35,12 @@ class Delta(Protocol):
         """Return a copy on a device, in a dtype."""
         ...
 
-    def fits(self, layer: Layer) -> bool:
-        """Whether the addition has the layer's input and output sizes."""
+    def fits(self, layers: Sequence[Layer]) -> bool:
+        """Whether the addition has the layers' input size, and output sizes put together."""
+        ...
+
+    def split(self, sizes: Sequence[int]) -> Sequence[Delta]:
+        """Cut the output into one delta for each of `sizes`, which add up to its own size."""
         ...
 
     def __call__(self, layer: Layer, x: Tensor) -> Tensor:
@@ -57,13 +63,17 @@ class LowRank:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> LowRank:
         """Return a copy on a device, in a dtype."""
-        return LowRank(self.down.to(device, dtype), self.up.to(device, dtype), self.scale)
+        return replace(self, down=self.down.to(device, dtype), up=self.up.to(device, dtype))
 
-    def fits(self, layer: Layer) -> bool:
-        """Whether the addition has the layer's input and output sizes."""
-        out, *into = layer.weight.shape
-        kernel = [1] * (len(into) - 1)
-        return list(self.down.shape[1:]) == into and [self.up.shape[0], *self.up.shape[2:]] == [out, *kernel]
+    def fits(self, layers: Sequence[Layer]) -> bool:
+        """Whether the addition has the layers' input size, and output sizes put together."""
+        out, inputs = _sizes(layers)
+        kernel = self.up.shape[2:]
+        return inputs == {tuple(self.down.shape[1:])} and self.up.shape[0] == out and kernel.numel() == 1
+
+    def split(self, sizes: Sequence[int]) -> Sequence[LowRank]:
+        """Cut the output into one delta for each of `sizes`, which add up to its own size."""
+        return [replace(self, up=up) for up in self.up.split(list(sizes))]
 
     def __call__(self, layer: Layer, x: Tensor) -> Tensor:
         """Return the unscaled addition for the layer's input `x`, in the dtype of the weights."""
@@ -76,11 +86,16 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Kronecker:
-    """`kron(w1, w2)`: w1 [o1, i1], w2 [o2, i2] for a linear layer of o1*o2 outputs and i1*i2 inputs."""
+    """`kron(w1, w2)`: w1 [o1, i1], w2 [o2, i2] for a linear layer of o1*o2 outputs and i1*i2 inputs.
+
+    A layer that has but a part of the outputs has those from `start` to `stop`.
+    """
 
     w1: Tensor
     w2: Tensor
     scale: float
+    start: int = 0
+    stop: int | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -89,12 +104,22 @@ class Kronecker:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Kronecker:
         """Return a copy on a device, in a dtype."""
-        return Kronecker(self.w1.to(device, dtype), self.w2.to(device, dtype), self.scale)
+        return replace(self, w1=self.w1.to(device, dtype), w2=self.w2.to(device, dtype))
 
-    def fits(self, layer: Layer) -> bool:
-        """Whether the addition has the layer's input and output sizes."""
-        sizes = [a * b for a, b in zip(self.w1.shape, self.w2.shape, strict=True)]
-        return sizes == list(layer.weight.shape)
+    def fits(self, layers: Sequence[Layer]) -> bool:
+        """Whether the addition has the layers' input size, and output sizes put together."""
+        out, into = (a * b for a, b in zip(self.w1.shape, self.w2.shape, strict=True))
+        return _sizes(layers) == (out, {(into,)})
+
+    def split(self, sizes: Sequence[int]) -> Sequence[Kronecker]:
+        """Cut the output into one delta for each of `sizes`, which add up to its own size."""
+        block = self.w2.shape[0]  # The outputs of one row of w1.
+        pieces = []
+        for size, stop in zip(sizes, accumulate(sizes), strict=True):
+            first, skipped = divmod(stop - size, block)
+            w1 = self.w1[first : math.ceil(stop / block)]
+            pieces.append(replace(self, w1=w1, start=skipped, stop=skipped + size))
+        return pieces
 
     def __call__(self, layer: Layer, x: Tensor) -> Tensor:
         """Return the unscaled addition for the layer's input `x`, in the dtype of the weights.
@@ -102,7 +127,12 @@ class Kronecker:
         `kron(w1, w2) @ vec(X) = vec(w1 @ X @ w2.T)` with X [i1, i2], without the product ever being built.
         """
         blocks = x.to(self.w1.dtype).unflatten(-1, (self.w1.shape[1], self.w2.shape[1]))
-        return (self.w1 @ functional.linear(blocks, self.w2)).flatten(-2)
+        return (self.w1 @ functional.linear(blocks, self.w2)).flatten(-2)[..., self.start : self.stop]
+
+
+def _sizes(layers: Sequence[Layer]) -> tuple[int, set[tuple[int, ...]]]:
+    """Return the layers' output sizes put together, and the different shapes of their inputs."""
+    return sum(layer.weight.shape[0] for layer in layers), {tuple(layer.weight.shape[1:]) for layer in layers}
 
 
 def build(stem: str, parts: Mapping[Role, Tensor]) -> Delta:

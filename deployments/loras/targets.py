@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
 
 from deployments.loras.deltas import Layer
+from deployments.loras.originals import ORIGINAL_NAMES
 
 _DENOISERS = ("transformer", "unet")
 
@@ -24,10 +26,13 @@ _PREFIXES: tuple[tuple[re.Pattern[str], str | None], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A layer that an adapter may change; `layer` is none where the pipeline has no such module."""
+    """What a module of a file means: one layer, or several whose outputs side by side are the module's.
+
+    There is no layer where the pipeline has no such module.
+    """
 
     component: str
-    layer: Layer | None
+    layers: tuple[Layer, ...]
 
 
 class Targets:
@@ -39,24 +44,34 @@ class Targets:
         self._layers = {name: _aliases(model) for name, model in models.items()}
 
     def find(self, stem: str) -> Target:
-        """Return the layer that a module's name in a file means."""
+        """Return the layers that a module's name in a file means."""
         component = self.denoiser
         for prefix, meant in _PREFIXES:
             if match := prefix.match(stem):
                 component = match.expand(meant) if meant else self.denoiser
                 stem = stem[match.end() :]
                 break
-        return Target(component, self._layers.get(component, {}).get(stem.replace(".processor.", ".")))
+        return Target(component, self._layers.get(component, {}).get(stem.replace(".processor.", "."), ()))
 
 
-def _aliases(model: torch.nn.Module) -> dict[str, Layer]:
+def _aliases(model: torch.nn.Module) -> dict[str, tuple[Layer, ...]]:
     """Layers by dotted path and by kohya's form of it, which has underscores for dots."""
-    layers: dict[str, Layer] = {}
+    layers: dict[str, tuple[Layer, ...]] = {}
+
+    def add(name: str, found: tuple[Layer, ...]) -> None:
+        layers.setdefault(name, found)
+        layers.setdefault(name.replace(".", "_"), found)
+
     for path, module in model.named_modules():
         if isinstance(module, Layer):
             # Transformers 5 dropped a level of CLIP's text model that files still name; attention processors
             # of older diffusers had no index in `to_out`.
             for name in (path, f"text_model.{path}", path.removesuffix(".0")):
-                layers.setdefault(name, module)
-                layers.setdefault(name.replace(".", "_"), module)
+                add(name, (module,))
+    for original, paths in ORIGINAL_NAMES:
+        for block in count():
+            names = [path.format(block) for path in paths]
+            if not all(name in layers for name in names):
+                break
+            add(original.format(block), tuple(layer for name in names for layer in layers[name]))
     return layers

@@ -16,7 +16,13 @@ from tests.studio import Studio, largest_difference
 
 Get = Callable[[str], Studio]
 
-FILES = [(model, file.name) for model in MODELS for file in sorted((FOLDER / model / "lora").iterdir())]
+# diffusers loads nothing from the trainer's files for Chroma.
+FILES = [
+    (model, file.name)
+    for model in MODELS
+    if model != "chroma"
+    for file in sorted((FOLDER / model / "lora").iterdir())
+]
 
 
 def picture_by_peft(used: Studio, lora: Path, multiplier: float) -> Any:

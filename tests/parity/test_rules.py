@@ -88,7 +88,9 @@ def test_z_image_guides_above_zero(studio: Get, model: str) -> None:
         assert equal(one, other) is ignored
 
 
-@pytest.mark.parametrize(("model", "tokens"), [("sd15", 77), ("sdxl", 77), ("flux", 512), ("zimage", 512)])
+@pytest.mark.parametrize(
+    ("model", "tokens"), [("sd15", 77), ("sdxl", 77), ("flux", 512), ("chroma", 512), ("zimage", 512)]
+)
 def test_what_is_past_the_prompt_limit_has_no_effect(studio: Get, model: str, tokens: int) -> None:
     used = studio(model)
     long = "a " * tokens
@@ -114,6 +116,27 @@ def test_kontext_stretches_its_image_to_the_output(studio: Get) -> None:
     assert picture.shape == (64, 96, 3)
     assert equal(picture, used.render({}, controls=[stretched]))
     assert not equal(picture, used.render({}, controls=[Image.new("RGB", (300, 40))]))
+
+
+def test_chroma_guides_away_from_the_empty_text(studio: Get) -> None:
+    used = studio("chroma")
+    assert equal(used.render({}, neg="blurry"), used.render({}, neg=""))
+    pictures = {value: used.render({}, guidance=value) for value in (0.0, 1.0, 3.0)}
+    assert equal(pictures[0.0], pictures[1.0])
+    assert not equal(pictures[1.0], pictures[3.0])
+
+
+@pytest.mark.parametrize(("prompt", "seen"), [("", 2), ("a " * 600, 512)])
+def test_chroma_attends_to_the_text_and_one_token_of_padding(studio: Get, prompt: str, seen: int) -> None:
+    used = studio("chroma")
+    mask = used.engine._arguments(used.prompt(prompt=prompt), [])["prompt_attention_mask"]
+    assert (mask.dtype, mask.shape, int(mask.sum())) == (torch.bool, (1, 512), seen)
+    assert mask[0, :seen].all()
+
+
+def test_chroma_norms_have_the_epsilon_of_its_original_code(studio: Get) -> None:
+    layer = studio("chroma").engine._pipeline.transformer.distilled_guidance_layer
+    assert {norm.eps for norm in layer.norms} == {1e-6}
 
 
 @pytest.mark.parametrize("model", MODELS)

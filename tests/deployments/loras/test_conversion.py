@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -54,7 +55,9 @@ def test_kohya_sdxl_with_text_encoders(studio: Get, tmp_path: Path) -> None:
     pictures_are_equal(used, tmp_path, unet | text, renamed | text)
 
 
-def test_kohya_flux_with_one_matrix_for_query_key_and_value(studio: Get, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["flux", "chroma"])
+@pytest.mark.parametrize("dialect", ["kohya", "trainer"])
+def test_one_matrix_for_query_key_and_value(studio: Get, tmp_path: Path, model: str, dialect: str) -> None:
     generator = torch.Generator().manual_seed(0)
     ours, original = {}, {}
     for block in (0, 1):
@@ -67,12 +70,67 @@ def test_kohya_flux_with_one_matrix_for_query_key_and_value(studio: Get, tmp_pat
                 f"{stem}.lora_B.weight": up,
                 f"{stem}.alpha": torch.tensor(2.0),
             }
-        stem = f"lora_unet_double_blocks_{block}_img_attn_qkv"
-        original |= {
-            f"{stem}.lora_down.weight": down,
-            f"{stem}.lora_up.weight": torch.cat(list(ups.values())),
-        }
+        if dialect == "kohya":
+            stem, names = f"lora_unet_double_blocks_{block}_img_attn_qkv", ("lora_down", "lora_up")
+        else:
+            stem, names = f"diffusion_model.double_blocks.{block}.img_attn.qkv", ("lora_A", "lora_B")
+        for name, matrix in zip(names, (down, torch.cat(list(ups.values()))), strict=True):
+            original[f"{stem}.{name}.weight"] = matrix
         original[f"{stem}.alpha"] = torch.tensor(2.0)
+    pictures_are_equal(studio(model), tmp_path, ours, original)
+
+
+QKV = ("transformer_blocks.0.attn.", ("to_q", "to_k", "to_v"), "double_blocks.0.img_attn.qkv", 96)
+LINEAR1 = (
+    "single_transformer_blocks.1.",
+    ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "single_blocks.1.linear1",
+    224,
+)
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "lycoris_"])
+@pytest.mark.parametrize(
+    ("model", "fused"), [("flux", QKV), ("flux", LINEAR1), ("chroma", QKV), ("chroma", LINEAR1)]
+)
+def test_lokr_over_a_fused_projection(
+    studio: Get, tmp_path: Path, model: str, fused: tuple[str, tuple[str, ...], str, int], prefix: str
+) -> None:
+    """The factors' blocks do not end where the layers do: 24 or 56 rows of w2, layers of 32."""
+    parent, names, stem, outputs = fused
+    if prefix == "lycoris_":
+        stem = stem.replace(".", "_")
+    generator = torch.Generator().manual_seed(0)
+    w1 = torch.randn(4, 4, generator=generator) / 2
+    w2 = torch.randn(outputs // 4, 8, generator=generator) / 4
+    original = {f"{prefix}{stem}.lokr_{name}": factor for name, factor in (("w1", w1), ("w2", w2))}
+    original[f"{prefix}{stem}.alpha"] = torch.tensor(1e10)
+    ours = {}
+    for name, rows in zip(names, torch.kron(w1, w2).split([32, 32, 32, 128][: len(names)]), strict=True):
+        ours[f"transformer.{parent}{name}.lora_A.weight"] = rows
+        ours[f"transformer.{parent}{name}.lora_B.weight"] = torch.eye(rows.shape[0])
+    # More rank than the layer has inputs is of no use, but it is exact.
+    pictures_are_equal(studio(model), tmp_path, ours, original)
+
+
+def test_kohya_flux_beyond_its_blocks(studio: Get, tmp_path: Path) -> None:
+    """The layers around the blocks; the last one's halves are swapped in diffusers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def pair(inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+        down = torch.randn(4, inputs, generator=generator) / inputs**0.5
+        return down, torch.randn(outputs, 4, generator=generator)
+
+    ours, original = {}, {}
+    for path, name, sizes in (
+        ("transformer_blocks.0.norm1.linear", "double_blocks_0_img_mod_lin", (32, 192)),
+        ("x_embedder", "img_in", (64, 32)),
+        ("norm_out.linear", "final_layer_adaLN_modulation_1", (32, 64)),
+    ):
+        down, up = pair(*sizes)
+        original |= {f"lora_unet_{name}.lora_down.weight": down, f"lora_unet_{name}.lora_up.weight": up}
+        swapped = torch.cat(up.chunk(2)[::-1]) if path == "norm_out.linear" else up
+        ours |= {f"transformer.{path}.lora_A.weight": down, f"transformer.{path}.lora_B.weight": swapped}
     pictures_are_equal(studio("flux"), tmp_path, ours, original)
 
 

@@ -1,0 +1,45 @@
+"""Chroma: how the text is encoded and masked, where diffusers differs from the code it was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from deployments.render import PromptSpec
+
+_TEXT_TOKENS = 512
+
+
+def correct_norms(pipeline: Any) -> None:  # noqa: ANN401 - any diffusers pipeline
+    """Set the epsilon of the guidance layer's norms; diffusers takes that of the dtype, large in bfloat16."""
+    for norm in pipeline.transformer.distilled_guidance_layer.norms:
+        norm.eps = 1e-6
+
+
+def text_arguments(pipeline: Any, prompt: PromptSpec, _controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401
+    """Arguments for the prompt and, with guidance above 1, the empty text that it is guided away from."""
+    embeds, mask = _encode(pipeline, prompt.prompt)
+    arguments = {"prompt": None, "prompt_embeds": embeds, "prompt_attention_mask": mask}
+    if prompt.guidance > 1:
+        embeds, mask = _encode(pipeline, "")
+        arguments |= {"negative_prompt_embeds": embeds, "negative_prompt_attention_mask": mask}
+    return arguments
+
+
+def _encode(pipeline: Any, text: str) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - any diffusers pipeline
+    """Return T5's embedding [1, 512, width] and the mask [1, 512] of what the transformer attends to.
+
+    T5 sees the padding as well. The transformer sees the text and one token of padding; its mask is boolean,
+    because diffusers' own of zeros and ones is added to the logits, which hardly masks anything.
+    """
+    tokens = pipeline.tokenizer(
+        text, padding="max_length", truncation=True, max_length=_TEXT_TOKENS, return_tensors="pt"
+    )
+    device = pipeline._execution_device
+    embeds = pipeline.text_encoder(tokens.input_ids.to(device))[0]
+    mask = torch.arange(_TEXT_TOKENS) <= tokens.attention_mask.sum()
+    return embeds, mask[None].to(device)
