@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -29,10 +30,16 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlImages:
-    """How many control images a prompt takes. With `most` 0, images sent are ignored, with a warning."""
+    """How many control images a prompt takes, and of what shape.
+
+    With `most` 0, images sent are ignored, with a warning. `least_side` is in pixels; the longer side is at
+    most `most_aspect` times the shorter.
+    """
 
     least: int = 0
     most: int = 0
+    least_side: int = 1
+    most_aspect: float = math.inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +93,12 @@ FLUX_SCHEDULE: tuple[str, Mapping[str, Any]] = (
 )
 """FLUX.1's schedule, shifted by the picture's size: the trainer samples each model of this kind with it."""
 
+FLOW_UNSHIFTED: tuple[str, Mapping[str, Any]] = (
+    "FlowMatchEulerDiscreteScheduler",
+    MappingProxyType({"num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False}),
+)
+"""Takes the sigmas that it is given as they are."""
+
 FLOW_SHIFT_3: tuple[str, Mapping[str, Any]] = (
     "FlowMatchEulerDiscreteScheduler",
     MappingProxyType({"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": False}),
@@ -108,6 +121,8 @@ TRAINER_DDPM: tuple[str, Mapping[str, Any]] = (
     ),
 )
 """The trainer's `ddpm` sampler: stochastic, its noise comes from the prompt's own generator."""
+
+FLUX2_REFERENCES = ControlImages(most=3, least_side=64, most_aspect=8)
 
 _ROWS = (
     ModelSpec(
@@ -183,6 +198,39 @@ _ROWS = (
         negative_prompt=False,
         memory_gib={"transformer": 16.6, "text_encoder": 8.9, "vae": 0.16},
         licence="Apache-2.0",
+    ),
+    ModelSpec(
+        id="flux2_klein_4b",
+        family="flux2",
+        title="FLUX.2 [klein] Base 4B",
+        pipeline="Flux2KleinPipeline",
+        checkpoint=Checkpoint(repo="black-forest-labs/FLUX.2-klein-base-4B"),
+        scheduler=FLOW_UNSHIFTED,
+        # With a distilled model diffusers would silently leave out guidance.
+        load_options={"is_distilled": False},
+        arguments="klein_arguments",
+        steps=25,
+        guidance=4.0,
+        divisor=16,
+        control_images=FLUX2_REFERENCES,
+        memory_gib={"transformer": 7.2, "text_encoder": 7.5, "vae": 0.16},
+        licence="Apache-2.0",
+    ),
+    ModelSpec(
+        id="flux2_klein_9b",
+        family="flux2",
+        title="FLUX.2 [klein] Base 9B",
+        pipeline="Flux2KleinPipeline",
+        checkpoint=Checkpoint(repo="black-forest-labs/FLUX.2-klein-base-9B", gated=True),
+        scheduler=FLOW_UNSHIFTED,
+        load_options={"is_distilled": False},
+        arguments="klein_arguments",
+        steps=25,
+        guidance=4.0,
+        divisor=16,
+        control_images=FLUX2_REFERENCES,
+        memory_gib={"transformer": 16.9, "text_encoder": 15.3, "vae": 0.16},
+        licence="FLUX Non-Commercial",
     ),
     ModelSpec(
         id="sd15",

@@ -20,7 +20,7 @@ LOCAL = "local"
 _INDEX = "model_index.json"
 
 _TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
-"""Configs and tokenizers."""
+"""Configs and tokenizers. In these patterns a star matches slashes too, hence those that are ignored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,6 @@ class Checkpoints:
             revision=part.checkpoint.revision,
             cache_dir=self._cache_dir,
             allow_patterns=[f"{path}{kind}" for kind in (*_TEXTS, "*.safetensors")],
-            # The patterns' star matches a slash too.
             ignore_patterns=[f"{path}*/*"],
         )
         return Located(Path(directory), Path(directory).name, None)
@@ -91,7 +90,13 @@ class Checkpoints:
         directory, commit = index.parent, index.parent.name
         for weights in [f"*.{variant}*.safetensors", "*.safetensors"] if variant else ["*.safetensors"]:
             wanted = [f"{name}/{kind}" for name in components for kind in (*_TEXTS, weights)]
-            snapshot_download(repo, revision=commit, cache_dir=self._cache_dir, allow_patterns=wanted)
+            snapshot_download(
+                repo,
+                revision=commit,
+                cache_dir=self._cache_dir,
+                allow_patterns=wanted,
+                ignore_patterns=["*/*/*"],
+            )
             if any(directory.glob(f"*/{weights}")):
                 break
         return Located(directory, commit, _variant(directory, variant))

@@ -7,6 +7,7 @@ are deterministic, and the global random state is neither read nor changed.
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -203,7 +204,7 @@ class Engine:
             "generator": torch.Generator("cpu").manual_seed(prompt.seed),
             **self.spec.call_options,
         }
-        if self.spec.negative_prompt:
+        if self.spec.negative_prompt and "negative_prompt" in inspect.signature(self._pipeline).parameters:
             # Always a string: to the SD pipelines, none at all means another embedding than an empty one.
             arguments["negative_prompt"] = prompt.neg
         if self.spec.arguments:

@@ -42,6 +42,7 @@ class Code(Enum):
     SECRET_KEY_REQUIRED = 400, "Without SECRET_KEY, an hf_token or the query of a URL would be kept in clear."
     CONTROL_IMAGE_TOO_LARGE = 400, "A control image has more pixels than this service takes."
     CONTROL_IMAGE_INVALID = 400, "A control image is not base64 of an intact picture."
+    CONTROL_IMAGE_SHAPE = 400, "A control image is too small or too narrow for the model."
 
     BODY_TOO_LARGE = 413, "The body is larger than this service takes."
     CURSOR_INVALID = 400, "`cursor` is not the `next_cursor` of an earlier page."

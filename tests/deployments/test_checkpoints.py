@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cluster.jobs import FailureCode, JobFailure
-from deployments.catalog import Checkpoint
+from deployments.catalog import Checkpoint, Part
 from deployments.checkpoints import Checkpoints
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -35,6 +35,7 @@ FILES = {
     "unet/model.safetensors": "plain",
     "unet/model.bin": "a pickle",
     "safety_checker/model.safetensors": "not wanted",
+    "unet/old/model.safetensors": "not wanted",
 }
 
 
@@ -89,20 +90,25 @@ def hub(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
 LOCATE = """
 import sys
 from pathlib import Path
-from deployments.catalog import Checkpoint
+from deployments.catalog import Checkpoint, Part
 from deployments.checkpoints import Checkpoints
 checkpoint = Checkpoint(repo=sys.argv[1], variant="fp16")
-found = Checkpoints(None, Path(sys.argv[2])).locate(checkpoint, without=["safety_checker"])
+checkpoints, folders = Checkpoints(None, Path(sys.argv[2])), sys.argv[3:]
+if folders:
+    part = Part(class_name="diffusers.UNet2DConditionModel", checkpoint=checkpoint, folder=folders[0])
+    found = checkpoints.locate_part(part)
+else:
+    found = checkpoints.locate(checkpoint, without=["safety_checker"])
 print(found.revision, found.variant)
 for file in sorted(found.directory.rglob("*.*")):
     print(file.relative_to(found.directory))
 """
 
 
-def locate(repo: str, address: str, cache: Path) -> subprocess.CompletedProcess[str]:
-    """Run `Checkpoints` against a hub: its address is read once per process."""
+def locate(repo: str, address: str, cache: Path, *folder: str) -> subprocess.CompletedProcess[str]:
+    """Run `Checkpoints` against a hub, for a part with a folder: the address is read once per process."""
     return subprocess.run(
-        [sys.executable, "-c", LOCATE, repo, cache],
+        [sys.executable, "-c", LOCATE, repo, cache, *folder],
         env={**os.environ, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"},
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -124,6 +130,18 @@ def test_from_the_hub_only_needed_files_come(hub: tuple[str, str], tmp_path: Pat
     ]
 
 
+def test_of_a_part_only_its_folder_comes(hub: tuple[str, str], tmp_path: Path) -> None:
+    done = locate("org/name", hub[0], tmp_path, "unet")
+    assert done.returncode == 0, done.stderr
+    first, *files = done.stdout.splitlines()
+    assert first == f"{COMMIT} None"
+    assert "config.json" in files
+    assert "model.safetensors" in files
+    assert not any("old" in file or file.endswith(".bin") for file in files)
+    done = locate("org/name", hub[0], tmp_path, "")
+    assert sorted(done.stdout.splitlines()[1:3]) == ["flux1-dev.safetensors", "model_index.json"]
+
+
 def test_a_repository_that_the_hub_does_not_give_says_so(hub: tuple[str, str], tmp_path: Path) -> None:
     done = locate("org/other", hub[0], tmp_path)
     assert "JobFailure: org/other: no checkpoint directory is set, and the hub says" in done.stderr
@@ -138,6 +156,14 @@ def test_a_local_folder_comes_first(tmp_path: Path) -> None:
     assert (found.directory, found.revision, found.variant) == (tmp_path / "org--name", "local", None)
     (unet / "model.fp16-00001-of-00002.safetensors").touch()
     assert Checkpoints(tmp_path, None).locate(checkpoint).variant == "fp16"
+
+
+def test_a_part_in_a_local_folder(tmp_path: Path) -> None:
+    (tmp_path / "org--name" / "unet").mkdir(parents=True)
+    for folder in ("unet", ""):
+        part = Part(class_name="torch.nn.Module", checkpoint=Checkpoint(repo="org/name"), folder=folder)
+        found = Checkpoints(tmp_path, None).locate_part(part)
+        assert (found.directory, found.revision) == (tmp_path / "org--name" / folder, "local")
 
 
 @pytest.mark.parametrize("root", ["mirror", None])

@@ -89,7 +89,8 @@ def test_z_image_guides_above_zero(studio: Get, model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "tokens"), [("sd15", 77), ("sdxl", 77), ("flux", 512), ("chroma", 512), ("zimage", 512)]
+    ("model", "tokens"),
+    [("sd15", 77), ("sdxl", 77), ("flux", 512), ("chroma", 512), ("flux2_klein_4b", 512), ("zimage", 512)],
 )
 def test_what_is_past_the_prompt_limit_has_no_effect(studio: Get, model: str, tokens: int) -> None:
     used = studio(model)
@@ -137,6 +138,36 @@ def test_chroma_attends_to_the_text_and_one_token_of_padding(studio: Get, prompt
 def test_chroma_norms_have_the_epsilon_of_its_original_code(studio: Get) -> None:
     layer = studio("chroma").engine._pipeline.transformer.distilled_guidance_layer
     assert {norm.eps for norm in layer.norms} == {1e-6}
+
+
+@pytest.mark.parametrize("model", ["flux2_klein_4b", "flux2_klein_9b"])
+def test_klein_guides_above_one(studio: Get, model: str) -> None:
+    used = studio(model)
+    for guidance, ignored in ((0.0, True), (1.0, True), (3.0, False)):
+        one, other = (used.render({}, neg=neg, guidance=guidance) for neg in ("blurry", ""))
+        assert equal(one, other) is ignored
+
+
+@pytest.mark.parametrize("model", ["flux2_klein_4b"])
+def test_flux2_is_sampled_with_the_trainer_s_schedule(studio: Get, model: str) -> None:
+    """diffusers' own would depend on the number of steps as well: a shift of 2.17 here, not 1.15."""
+    used = studio(model)
+    sigmas = used.engine._arguments(used.prompt(width=1024, height=1024, steps=25), [])["sigmas"]
+    assert sigmas[:4] == pytest.approx([1.0, 0.986979, 0.973204, 0.958609], abs=1e-6)
+    assert sigmas[-3:] == pytest.approx([0.301023, 0.215456, 0.116289], abs=1e-6)
+    used.render({}, steps=3)
+    expected = used.engine._arguments(used.prompt(steps=3), [])["sigmas"]
+    assert used.engine._pipeline.scheduler.sigmas.tolist() == pytest.approx([*expected, 0.0])
+
+
+@pytest.mark.parametrize("model", ["flux2_klein_4b"])
+def test_flux2_takes_its_references_in_order_and_leaves_the_size_alone(studio: Get, model: str) -> None:
+    used = studio(model)
+    tall, wide = Image.radial_gradient("L").resize((70, 200)), Image.linear_gradient("L").resize((300, 64))
+    one, two = tall.convert("RGB"), wide.convert("RGB")
+    pictures = [used.render({}, controls=controls) for controls in ([], [one], [one, two], [two, one])]
+    assert {picture.shape for picture in pictures} == {(64, 96, 3)}
+    assert len({picture.tobytes() for picture in pictures}) == 4
 
 
 @pytest.mark.parametrize("model", MODELS)

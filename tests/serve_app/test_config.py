@@ -24,8 +24,8 @@ def test_it_is_a_valid_serve_config_with_one_application_per_family() -> None:
     config = ServeDeploySchema.model_validate(yaml.safe_load(render_config(list(CATALOG))))
     names = [application.name for application in config.applications]
     assert names == ["gateway", *dict.fromkeys(row.family for row in CATALOG.values())]
-    routes = [application.route_prefix for application in config.applications]
-    assert routes == ["/", *[None] * (len(names) - 1)]
+    prefixes = [application.route_prefix for application in config.applications]
+    assert prefixes == ["/", *[None] * (len(names) - 1)]
     listed = [d.name for application in config.applications[1:] for d in application.deployments]
     assert sorted(listed) == sorted(CATALOG)
 

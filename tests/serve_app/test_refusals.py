@@ -304,6 +304,16 @@ def test_a_bad_control_image_is_refused(service: Service, name: str) -> None:
     assert (code, status, details["prompt_index"]) == (f"CONTROL_IMAGE_{kind}", 400, 1)
 
 
+@pytest.mark.parametrize("size", [(63, 100), (100, 63), (64, 513), (1100, 100)])
+def test_a_control_image_of_a_shape_that_flux2_does_not_take(service: Service, size: tuple[int, int]) -> None:
+    images = {"ctrl_img_1": base64_png(64, 512), "ctrl_img_2": base64_png(*size)}
+    assert refused(service, body(model="flux2_klein_4b", prompt=images)) == (
+        "CONTROL_IMAGE_SHAPE",
+        {"prompt_index": 0, "least_side": 64, "most_aspect_ratio": 8},
+        400,
+    )
+
+
 def test_a_prompt_without_image_is_named_by_its_index(service: Service) -> None:
     request = kontext_body()
     request["prompts"] += [{"prompt": "b", "ctrl_img_2": base64_png()}, {"prompt": "c", "ctrl_img": ""}]

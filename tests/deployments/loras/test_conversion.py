@@ -55,7 +55,7 @@ def test_kohya_sdxl_with_text_encoders(studio: Get, tmp_path: Path) -> None:
     pictures_are_equal(used, tmp_path, unet | text, renamed | text)
 
 
-@pytest.mark.parametrize("model", ["flux", "chroma"])
+@pytest.mark.parametrize("model", ["flux", "chroma", "flux2_klein_4b"])
 @pytest.mark.parametrize("dialect", ["kohya", "trainer"])
 def test_one_matrix_for_query_key_and_value(studio: Get, tmp_path: Path, model: str, dialect: str) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -91,7 +91,8 @@ LINEAR1 = (
 
 @pytest.mark.parametrize("prefix", ["diffusion_model.", "lycoris_"])
 @pytest.mark.parametrize(
-    ("model", "fused"), [("flux", QKV), ("flux", LINEAR1), ("chroma", QKV), ("chroma", LINEAR1)]
+    ("model", "fused"),
+    [("flux", QKV), ("flux", LINEAR1), ("chroma", QKV), ("chroma", LINEAR1), ("flux2_klein_4b", QKV)],
 )
 def test_lokr_over_a_fused_projection(
     studio: Get, tmp_path: Path, model: str, fused: tuple[str, tuple[str, ...], str, int], prefix: str

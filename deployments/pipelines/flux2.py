@@ -1,0 +1,32 @@
+"""FLUX.2: the trainer's schedule and, for klein, a negative prompt, neither of which diffusers has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from deployments.render import PromptSpec
+
+
+def klein_arguments(pipeline: Any, prompt: PromptSpec, controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401
+    """Arguments for klein, which with guidance above 1 is guided away from the negative prompt."""
+    arguments = dev_arguments(pipeline, prompt, controls)
+    if prompt.guidance > 1:
+        arguments["negative_prompt_embeds"] = pipeline.encode_prompt(prompt.neg)[0]
+    return arguments
+
+
+def dev_arguments(_pipeline: Any, prompt: PromptSpec, controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401
+    """Arguments for FLUX.2 [dev]: the trainer's schedule, and the control images as references."""
+    return {"sigmas": _sigmas(prompt), "image": list(controls) or None}
+
+
+def _sigmas(prompt: PromptSpec) -> list[float]:
+    """FLUX.1's schedule, shifted by the number of tokens drawn; diffusers' own depends on the steps too."""
+    tokens = (prompt.width // 16) * (prompt.height // 16)
+    shift = np.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+    times = np.linspace(1, 0, prompt.steps + 1)[:-1]
+    return (shift / (shift + 1 / times - 1)).tolist()
