@@ -122,6 +122,9 @@ TRAINER_DDPM: tuple[str, Mapping[str, Any]] = (
 )
 """The trainer's `ddpm` sampler: stochastic, its noise comes from the prompt's own generator."""
 
+MISTRAL_3_1 = Checkpoint(repo="mistralai/Mistral-Small-3.1-24B-Instruct-2503", gated=True)
+"""FLUX.2 [dev]'s text encoder as the trainer has it; the repository's own weights are those of 3.2."""
+
 FLUX2_REFERENCES = ControlImages(most=3, least_side=64, most_aspect=8)
 
 _ROWS = (
@@ -230,6 +233,30 @@ _ROWS = (
         divisor=16,
         control_images=FLUX2_REFERENCES,
         memory_gib={"transformer": 16.9, "text_encoder": 15.3, "vae": 0.16},
+        licence="FLUX Non-Commercial",
+    ),
+    ModelSpec(
+        id="flux2",
+        family="flux2",
+        title="FLUX.2 [dev]",
+        pipeline="Flux2Pipeline",
+        checkpoint=Checkpoint(repo="black-forest-labs/FLUX.2-dev", gated=True),
+        parts={
+            "text_encoder": Part(
+                class_name="transformers.Mistral3ForConditionalGeneration", checkpoint=MISTRAL_3_1
+            ),
+            # The repository's processor asks for torchvision, and no picture goes through it.
+            "tokenizer": Part(class_name="transformers.AutoTokenizer", checkpoint=MISTRAL_3_1),
+        },
+        scheduler=FLOW_UNSHIFTED,
+        adjust="complete_tokenizer",
+        arguments="dev_arguments",
+        steps=25,
+        guidance=4.0,
+        divisor=16,
+        negative_prompt=False,
+        control_images=FLUX2_REFERENCES,
+        memory_gib={"transformer": 60.0, "text_encoder": 44.7, "vae": 0.16},
         licence="FLUX Non-Commercial",
     ),
     ModelSpec(

@@ -73,7 +73,8 @@ class Checkpoints:
             part.checkpoint.repo,
             revision=part.checkpoint.revision,
             cache_dir=self._cache_dir,
-            allow_patterns=[f"{path}{kind}" for kind in (*_TEXTS, "*.safetensors")],
+            # Both libraries name their files so; Mistral's repositories hold the same weights once more.
+            allow_patterns=[f"{path}{kind}" for kind in (*_TEXTS, "*model*.safetensors")],
             ignore_patterns=[f"{path}*/*"],
         )
         return Located(Path(directory), Path(directory).name, None)

@@ -86,6 +86,7 @@ class Engine:
         transformers.utils.logging.disable_progress_bar()
         # Transformers initialises some parts at random before it reads their weights.
         with torch.random.fork_rng(devices=[]):
+            parts = {name: self._load_part(name, part) for name, part in self.spec.parts.items()}
             pipeline = getattr(diffusers, self.spec.pipeline).from_pretrained(
                 self._located.directory,
                 variant=self._located.variant,
@@ -93,8 +94,10 @@ class Engine:
                 use_safetensors=True,
                 local_files_only=True,
                 **self.spec.load_options,
-                **{name: self._load_part(name, part) for name, part in self.spec.parts.items()},
+                # It refuses a plain tokenizer in a processor's place; that comes afterwards.
+                **{name: part if isinstance(part, torch.nn.Module) else None for name, part in parts.items()},
             )
+            pipeline.register_modules(**parts)
         if self.spec.scheduler:
             # Not through the constructor: the one of Stable Diffusion 1.5 changes `steps_offset` 0 to 1.
             class_name, config = self.spec.scheduler

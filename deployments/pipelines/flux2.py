@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from deployments.render import PromptSpec
+
+
+def complete_tokenizer(pipeline: Any) -> None:  # noqa: ANN401 - any diffusers pipeline
+    """Give the tokenizer its chat template where it lies in a file that only a processor would read."""
+    tokenizer = pipeline.tokenizer
+    if tokenizer.chat_template is None:
+        file = Path(tokenizer.name_or_path) / "chat_template.json"
+        tokenizer.chat_template = json.loads(file.read_text())["chat_template"]
 
 
 def klein_arguments(pipeline: Any, prompt: PromptSpec, controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401

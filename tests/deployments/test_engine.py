@@ -40,6 +40,13 @@ def test_a_description_is_json_and_names_what_rendered(studio: Get) -> None:
     assert told["versions"]["torch"] == torch.__version__
 
 
+def test_a_description_names_the_parts_from_elsewhere(studio: Get) -> None:
+    told = studio("flux2").engine.describe()
+    assert told["checkpoint"] == "black-forest-labs/FLUX.2-dev"
+    mistral = "mistralai/Mistral-Small-3.1-24B-Instruct-2503@local"
+    assert told["parts"] == {"text_encoder": mistral, "tokenizer": mistral}
+
+
 def test_a_sound_device_passes_the_probe(studio: Get) -> None:
     studio("flux").engine.probe()
 
@@ -94,6 +101,21 @@ def test_pickled_weights_are_never_loaded(checkpoints: Path, tmp_path: Path) -> 
     engine = Engine(CATALOG["sd15"], Checkpoints(tmp_path, None), device="cpu")
     with pytest.raises(OSError, match="safetensors"):
         engine.load()
+
+
+def test_a_chat_template_may_lie_in_the_processor_s_file(
+    studio: Get, checkpoints: Path, tmp_path: Path
+) -> None:
+    mirror = tmp_path / "mirror"
+    flux2, mistral = "black-forest-labs--FLUX.2-dev", "mistralai--Mistral-Small-3.1-24B-Instruct-2503"
+    for folder in (flux2, mistral):
+        shutil.copytree(checkpoints / folder, mirror / folder)
+    template = mirror / mistral / "chat_template.jinja"
+    template.with_suffix(".json").write_text(json.dumps({"chat_template": template.read_text()}))
+    template.unlink()
+    engine = Engine(CATALOG["flux2"], Checkpoints(mirror, None), device="cpu")
+    engine.load()
+    assert np.array_equal(Studio(engine).render({}), studio("flux2").render({}))
 
 
 def test_models_without_control_images_ignore_them(studio: Get) -> None:

@@ -63,7 +63,7 @@ def test_adapters_add_up_in_any_order(studio: Get, model: str) -> None:
     assert not equal(together, used.render({b: 0.8}))
 
 
-@pytest.mark.parametrize("model", ["flux", "flux_kontext", "flex1", "flex2"])
+@pytest.mark.parametrize("model", ["flux", "flux_kontext", "flex1", "flex2", "flux2"])
 def test_flux_has_no_negative_prompt_and_embeds_guidance(studio: Get, model: str) -> None:
     used = studio(model)
     lora = {used.names[0]: 1.0}
@@ -148,7 +148,7 @@ def test_klein_guides_above_one(studio: Get, model: str) -> None:
         assert equal(one, other) is ignored
 
 
-@pytest.mark.parametrize("model", ["flux2_klein_4b"])
+@pytest.mark.parametrize("model", ["flux2_klein_4b", "flux2"])
 def test_flux2_is_sampled_with_the_trainer_s_schedule(studio: Get, model: str) -> None:
     """diffusers' own would depend on the number of steps as well: a shift of 2.17 here, not 1.15."""
     used = studio(model)
@@ -160,7 +160,7 @@ def test_flux2_is_sampled_with_the_trainer_s_schedule(studio: Get, model: str) -
     assert used.engine._pipeline.scheduler.sigmas.tolist() == pytest.approx([*expected, 0.0])
 
 
-@pytest.mark.parametrize("model", ["flux2_klein_4b"])
+@pytest.mark.parametrize("model", ["flux2_klein_4b", "flux2"])
 def test_flux2_takes_its_references_in_order_and_leaves_the_size_alone(studio: Get, model: str) -> None:
     used = studio(model)
     tall, wide = Image.radial_gradient("L").resize((70, 200)), Image.linear_gradient("L").resize((300, 64))
