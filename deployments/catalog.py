@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -39,7 +38,7 @@ class ControlImages:
     least: int = 0
     most: int = 0
     least_side: int = 1
-    most_aspect: float = math.inf
+    most_aspect: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +120,8 @@ TRAINER_DDPM: tuple[str, Mapping[str, Any]] = (
     ),
 )
 """The trainer's `ddpm` sampler: stochastic, its noise comes from the prompt's own generator."""
+
+FLUX2_DEV = Checkpoint(repo="black-forest-labs/FLUX.2-dev", gated=True)
 
 MISTRAL_3_1 = Checkpoint(repo="mistralai/Mistral-Small-3.1-24B-Instruct-2503", gated=True)
 """FLUX.2 [dev]'s text encoder as the trainer has it; the repository's own weights are those of 3.2."""
@@ -240,12 +241,12 @@ _ROWS = (
         family="flux2",
         title="FLUX.2 [dev]",
         pipeline="Flux2Pipeline",
-        checkpoint=Checkpoint(repo="black-forest-labs/FLUX.2-dev", gated=True),
+        checkpoint=FLUX2_DEV,
         parts={
             "text_encoder": Part(
                 class_name="transformers.Mistral3ForConditionalGeneration", checkpoint=MISTRAL_3_1
             ),
-            # The repository's processor asks for torchvision, and no picture goes through it.
+            # A processor would ask for torchvision, and no picture goes through it.
             "tokenizer": Part(class_name="transformers.AutoTokenizer", checkpoint=MISTRAL_3_1),
         },
         scheduler=FLOW_UNSHIFTED,
@@ -256,6 +257,25 @@ _ROWS = (
         divisor=16,
         negative_prompt=False,
         control_images=FLUX2_REFERENCES,
+        memory_gib={"transformer": 60.0, "text_encoder": 44.7, "vae": 0.16},
+        licence="FLUX Non-Commercial",
+    ),
+    ModelSpec(
+        id="flux2_diffusers",
+        family="flux2",
+        title="FLUX.2 [dev], as diffusers has it",
+        pipeline="Flux2Pipeline",
+        checkpoint=FLUX2_DEV,
+        parts={
+            "tokenizer": Part(
+                class_name="transformers.AutoTokenizer", checkpoint=FLUX2_DEV, folder="tokenizer"
+            ),
+        },
+        adjust="complete_tokenizer",
+        steps=25,
+        guidance=4.0,
+        divisor=32,
+        negative_prompt=False,
         memory_gib={"transformer": 60.0, "text_encoder": 44.7, "vae": 0.16},
         licence="FLUX Non-Commercial",
     ),

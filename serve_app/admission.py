@@ -162,10 +162,8 @@ def _decode_controls(
         except ImageRejected as error:
             raise Refusal(Code.CONTROL_IMAGE_INVALID, prompt_index=index, reason=str(error)) from error
         least, aspect = model.control_images.least_side, model.control_images.most_aspect
-        if sides[0] < least or sides[1] > sides[0] * aspect:
-            raise Refusal(
-                Code.CONTROL_IMAGE_SHAPE, prompt_index=index, least_side=least, most_aspect_ratio=aspect
-            )
+        if sides[0] < least or (aspect and sides[1] > sides[0] * aspect):
+            raise Refusal(Code.CONTROL_IMAGE_SHAPE, prompt_index=index, least_side=least, most_aspect=aspect)
         decoded.append((content_key(data), data))
     return decoded
 

@@ -61,7 +61,7 @@ def check(client: httpx.Client, case: Case, job_id: str) -> None:
 
 
 def test_every_case_through_the_committed_config(tmp_path: Path, checkpoints: Path) -> None:
-    """Six models share two cores: replicas come from zero, and idle ones make room for those that wait."""
+    """All models share two cores: replicas come from zero, and idle ones make room for those that wait."""
     port = free_port()
     with serve_run(committed_config(port), port, tmp_path, environment(tmp_path, checkpoints)) as client:
         jobs = [(case, post(client, case)) for case in load_cases()]

@@ -63,7 +63,7 @@ def test_adapters_add_up_in_any_order(studio: Get, model: str) -> None:
     assert not equal(together, used.render({b: 0.8}))
 
 
-@pytest.mark.parametrize("model", ["flux", "flux_kontext", "flex1", "flex2", "flux2"])
+@pytest.mark.parametrize("model", ["flux", "flux_kontext", "flex1", "flex2", "flux2", "flux2_diffusers"])
 def test_flux_has_no_negative_prompt_and_embeds_guidance(studio: Get, model: str) -> None:
     used = studio(model)
     lora = {used.names[0]: 1.0}

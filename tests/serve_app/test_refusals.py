@@ -309,7 +309,7 @@ def test_a_control_image_of_a_shape_that_flux2_does_not_take(service: Service, s
     images = {"ctrl_img_1": base64_png(64, 512), "ctrl_img_2": base64_png(*size)}
     assert refused(service, body(model="flux2_klein_4b", prompt=images)) == (
         "CONTROL_IMAGE_SHAPE",
-        {"prompt_index": 0, "least_side": 64, "most_aspect_ratio": 8},
+        {"prompt_index": 0, "least_side": 64, "most_aspect": 8},
         400,
     )
 
