@@ -333,6 +333,26 @@ _ROWS = (
         memory_gib={"transformer": 11.5, "text_encoder": 7.5, "vae": 0.16},
         licence="Apache-2.0",
     ),
+    ModelSpec(
+        id="zimage_deturbo",
+        family="zimage",
+        title="Z-Image De-Turbo",
+        pipeline="ZImagePipeline",
+        checkpoint=Checkpoint(repo="Tongyi-MAI/Z-Image-Turbo"),
+        parts={
+            "transformer": Part(
+                class_name="diffusers.ZImageTransformer2DModel",
+                checkpoint=Checkpoint(repo="ostris/Z-Image-De-Turbo"),
+                folder="transformer",
+            )
+        },
+        scheduler=FLOW_SHIFT_3,
+        steps=25,
+        guidance=3.0,
+        divisor=32,
+        memory_gib={"transformer": 11.5, "text_encoder": 7.5, "vae": 0.16},
+        licence="Apache-2.0",
+    ),
 )
 
 CATALOG: Mapping[str, ModelSpec] = MappingProxyType({row.id: row for row in _ROWS})

@@ -40,6 +40,14 @@ def test_a_tied_parameter_takes_the_values_of_its_first_name(tmp_path: Path) -> 
     assert torch.equal(encoder.encoder.embed_tokens.weight, expected)
 
 
+def test_a_component_alone_is_known_by_its_config(tmp_path: Path) -> None:
+    materialize(TINY_FLUX, tmp_path / "whole")
+    for name, file in (("transformer", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        materialize(TINY_FLUX / name, tmp_path / name)
+        alone = tmp_path / name / f"{file}.safetensors"
+        assert alone.read_bytes() == (tmp_path / "whole" / name / f"{file}.safetensors").read_bytes()
+
+
 def test_the_global_random_state_is_left_alone(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     materialize(TINY_FLUX, tmp_path / "checkpoint")

@@ -80,7 +80,7 @@ def test_stable_diffusion_guides_above_one(studio: Get, model: str) -> None:
         assert equal(one, other) is ignored
 
 
-@pytest.mark.parametrize("model", ["zimage", "zimage_turbo"])
+@pytest.mark.parametrize("model", ["zimage", "zimage_turbo", "zimage_deturbo"])
 def test_z_image_guides_above_zero(studio: Get, model: str) -> None:
     used = studio(model)
     for guidance, ignored in ((0.0, True), (1.0, False)):
