@@ -13,10 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 FOLDER = Path(__file__).parent
 
 MODELS = tuple(sorted(file.parent.name for file in FOLDER.glob("*/cases.json")))
+
+SLOW = frozenset(model for model in MODELS if model.startswith("qwen_image_edit"))
+"""Ids that see a megapixel however small their output: a picture takes seconds."""
+
+
+def each(models: Iterable[str]) -> list[Any]:
+    """Return test parameters, one per id; tests of slow ids are marked slow."""
+    return [pytest.param(model, marks=pytest.mark.slow) if model in SLOW else model for model in models]
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deployments.loras.references import open_lora
-from tests.parity.cases import FOLDER, MODELS
+from tests.parity.cases import FOLDER, MODELS, each
 from tests.studio import Studio, largest_difference
 
 Get = Callable[[str], Studio]
 
 # diffusers loads nothing from the trainer's files for Chroma.
-FILES = [
-    (model, file.name)
-    for model in MODELS
-    if model != "chroma"
-    for file in sorted((FOLDER / model / "lora").iterdir())
-]
+READ_BY_DIFFUSERS = [model for model in MODELS if model != "chroma"]
 
 
 def picture_by_peft(used: Studio, lora: Path, multiplier: float) -> Any:
@@ -45,11 +40,12 @@ def both(studio: Get, new_studio: Get) -> Callable[[str, Path, float], tuple[Any
     return render
 
 
-@pytest.mark.parametrize(("model", "file"), FILES)
+@pytest.mark.parametrize("model", each(READ_BY_DIFFUSERS))
 @pytest.mark.parametrize("multiplier", [1.0, -0.7])
-def test_trainer_files(both: Any, model: str, file: str, multiplier: float) -> None:
-    ours, peft = both(model, FOLDER / model / "lora" / file, multiplier)
-    assert largest_difference(ours, peft) <= 1
+def test_trainer_files(both: Any, model: str, multiplier: float) -> None:
+    for file in sorted((FOLDER / model / "lora").iterdir()):
+        ours, peft = both(model, file, multiplier)
+        assert largest_difference(ours, peft) <= 1
 
 
 def test_a_file_with_text_encoder_parts_is_more_than_its_unet_part(
@@ -87,3 +83,22 @@ def test_lokr_with_whole_and_with_split_factors(both: Any, tmp_path: Path) -> No
     split, peft = both("zimage", tmp_path / "split.safetensors", 0.8)
     assert largest_difference(split, peft) <= 1
     assert largest_difference(split, ours) > 1
+
+
+@pytest.mark.parametrize(
+    ("model", "stem"), [("qwen_image", "diffusion_model.transformer_blocks.0.attn.to_q")]
+)
+def test_lokr_that_diffusers_does_not_read(new_studio: Get, tmp_path: Path, model: str, stem: str) -> None:
+    used = new_studio(model)
+    layer = used.engine._pipeline.transformer.get_submodule(stem.split(".", 1)[1])
+    out, into = layer.weight.shape
+    w1, w2 = torch.eye(4) + 1, torch.linspace(-1, 1, out * into // 16).reshape(out // 4, into // 4)
+    tensors = {f"{stem}.lokr_w1": w1, f"{stem}.lokr_w2": w2, f"{stem}.alpha": torch.tensor(1e10)}
+    save_file(tensors, tmp_path / "lokr.safetensors")
+    plain = used.picture()
+    used.engine.use([(open_lora(tmp_path, "lokr.safetensors"), 0.5)])
+    ours = used.picture()
+    used.engine.use([])
+    layer.weight.data += 0.5 * torch.kron(w1, w2)
+    assert largest_difference(ours, used.picture()) <= 1
+    assert largest_difference(ours, plain) > 1

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cluster.jobs import Phase
 from deployments.catalog import CATALOG
-from tests.parity.cases import FOLDER, MODELS
+from tests.parity.cases import FOLDER, MODELS, each
 from tests.studio import Studio, Unwatched, largest_difference
 
 Get = Callable[[str], Studio]
@@ -24,7 +24,7 @@ def equal(one: np.ndarray, other: np.ndarray) -> bool:
     return bool(np.array_equal(one, other))
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", each(MODELS))
 def test_equal_requests_give_equal_pictures(studio: Get, model: str) -> None:
     used = studio(model)
     loras = {used.names[0]: 1.0}
@@ -32,7 +32,7 @@ def test_equal_requests_give_equal_pictures(studio: Get, model: str) -> None:
     assert not equal(used.render(loras), used.render(loras, seed=6))
 
 
-@pytest.mark.parametrize("model", TWO_FILES)
+@pytest.mark.parametrize("model", each(TWO_FILES))
 def test_a_then_b_then_a_gives_the_first_picture(studio: Get, new_studio: Get, model: str) -> None:
     used = studio(model)
     a, b = ({name: 1.0} for name in used.names)
@@ -42,7 +42,7 @@ def test_a_then_b_then_a_gives_the_first_picture(studio: Get, new_studio: Get, m
     assert equal(second, new_studio(model).render(b))
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", each(MODELS))
 def test_a_multiplier_holds_for_one_job(studio: Get, model: str) -> None:
     used = studio(model)
     name = used.names[-1]
@@ -52,7 +52,7 @@ def test_a_multiplier_holds_for_one_job(studio: Get, model: str) -> None:
     assert len({picture.tobytes() for picture in pictures.values()}) == 4
 
 
-@pytest.mark.parametrize("model", TWO_FILES)
+@pytest.mark.parametrize("model", each(TWO_FILES))
 def test_adapters_add_up_in_any_order(studio: Get, model: str) -> None:
     used = studio(model)
     a, b = used.names
@@ -72,8 +72,8 @@ def test_flux_has_no_negative_prompt_and_embeds_guidance(studio: Get, model: str
     assert len(pictures) == 3
 
 
-@pytest.mark.parametrize("model", ["sd15", "sdxl"])
-def test_stable_diffusion_guides_above_one(studio: Get, model: str) -> None:
+@pytest.mark.parametrize("model", each(["sd15", "sdxl", "qwen_image", "qwen_image_2512", "qwen_image_edit"]))
+def test_guidance_above_one_guides(studio: Get, model: str) -> None:
     used = studio(model)
     for guidance, ignored in ((0.0, True), (1.0, True), (3.0, False)):
         one, other = (used.render({}, neg=neg, guidance=guidance) for neg in ("blurry", ""))
@@ -90,7 +90,15 @@ def test_z_image_guides_above_zero(studio: Get, model: str) -> None:
 
 @pytest.mark.parametrize(
     ("model", "tokens"),
-    [("sd15", 77), ("sdxl", 77), ("flux", 512), ("chroma", 512), ("flux2_klein_4b", 512), ("zimage", 512)],
+    [
+        ("sd15", 77),
+        ("sdxl", 77),
+        ("flux", 512),
+        ("chroma", 512),
+        ("flux2_klein_4b", 512),
+        ("zimage", 512),
+        ("qwen_image", 512),
+    ],
 )
 def test_what_is_past_the_prompt_limit_has_no_effect(studio: Get, model: str, tokens: int) -> None:
     used = studio(model)
@@ -170,7 +178,31 @@ def test_flux2_takes_its_references_in_order_and_leaves_the_size_alone(studio: G
     assert len({picture.tobytes() for picture in pictures}) == 4
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.slow
+def test_qwen_edit_stretches_its_image_for_the_latents_alone(studio: Get) -> None:
+    used = studio("qwen_image_edit")
+    image = Image.radial_gradient("L").convert("RGB").resize((150, 100))
+    stretched = image.resize((96, 64), Image.Resampling.LANCZOS)
+    # Both have one aspect, so that the text encoder sees the same size; to it they differ by nearly nothing.
+    assert largest_difference(used.render({}, controls=[image]), used.render({}, controls=[stretched])) <= 1
+
+
+@pytest.mark.slow
+def test_the_order_of_control_images_matters(studio: Get) -> None:
+    used = studio("qwen_image_edit_plus")
+    one, other = (Image.new("RGB", (64, 64), color) for color in ("red", "blue"))
+    both, swapped = used.render({}, controls=[one, other]), used.render({}, controls=[other, one])
+    assert not equal(both, swapped)
+    assert not equal(both, used.render({}, controls=[one]))
+
+
+@pytest.mark.slow
+def test_a_placeholder_in_a_prompt_asks_for_no_image(studio: Get) -> None:
+    used = studio("qwen_image_edit")
+    assert equal(used.render({}, prompt="a <|image_pad|>cat"), used.render({}, prompt="a cat"))
+
+
+@pytest.mark.parametrize("model", each(MODELS))
 def test_the_repository_s_scheduler_is_used_unless_the_row_says_otherwise(studio: Get, model: str) -> None:
     config = studio(model).engine._pipeline.scheduler.config
     row = CATALOG[model].scheduler
@@ -203,7 +235,7 @@ class Recording(Unwatched):
         self.told.append((done, total))
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", each(MODELS))
 def test_after_an_interruption_the_next_picture_is_right(studio: Get, model: str) -> None:
     used = studio(model)
     lora = {used.names[0]: 1.0}
@@ -213,7 +245,7 @@ def test_after_an_interruption_the_next_picture_is_right(studio: Get, model: str
     assert equal(used.render(lora, steps=4), before)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", each(MODELS))
 def test_an_observer_hears_of_every_step_and_phase(studio: Get, model: str) -> None:
     used, observer = studio(model), Recording()
     used.engine.render(used.prompt(steps=3), used.controls, observer)
@@ -221,7 +253,7 @@ def test_an_observer_hears_of_every_step_and_phase(studio: Get, model: str) -> N
     assert observer.told == [Phase.ENCODE, Phase.STEP, *steps, Phase.DECODE]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", each(MODELS))
 def test_global_state_is_left_alone(new_studio: Get, model: str) -> None:
     def state() -> list[object]:
         kind, keys, *rest = np.random.get_state()

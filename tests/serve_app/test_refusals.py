@@ -312,6 +312,16 @@ def test_a_control_image_of_a_shape_that_flux2_does_not_take(service: Service, s
         {"prompt_index": 0, "least_side": 64, "most_aspect": 8},
         400,
     )
+def test_a_control_image_too_narrow_for_the_model_is_refused(service: Service) -> None:
+    def request(width: int, height: int) -> dict[str, Any]:
+        image = base64.b64encode(png(width, height)).decode()
+        return {**kontext_body(), "model": "qwen_image_edit", "prompts": [{"prompt": "x", "ctrl_img": image}]}
+
+    for size in ((1510, 10), (10, 1510)):
+        code, details, status = refused(service, request(*size))
+        assert (code, status) == ("CONTROL_IMAGE_SHAPE", 400)
+        assert details == {"prompt_index": 0, "least_side": 1, "most_aspect": 150}
+    assert service.post(request(10, 1500)).status_code == 200
 
 
 def test_a_prompt_without_image_is_named_by_its_index(service: Service) -> None:

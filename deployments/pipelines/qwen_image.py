@@ -1,0 +1,96 @@
+"""Qwen-Image editing: how prompt and control images become embeddings, as the trainer's LoRAs learnt it.
+
+The text encoder reads the prompt with the control images in it; the transformer reads the images once more,
+as latents of about one megapixel, which diffusers makes. The first path differs from diffusers, in two ways
+that look like errors and have to stay. The pictures reach the processor as 0..1 and are divided by 255 there
+again, so the vision tower sees almost black. And their sides are computed from height over width where width
+over height is meant, so a landscape is squeezed into a portrait (the reference server's own; the trainer has
+it right, and what is almost black differs little).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+from transformers import BatchFeature
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+
+from deployments.render import PromptSpec
+
+_IMAGE = "<|image_pad|>"
+
+_MEGAPIXEL = 1024 * 1024
+_SMALL = 384 * 384
+"""Areas at which the text encoder sees a control image, in pixels: Edit, and Edit Plus."""
+
+
+class ImageProcessor(Qwen2VLImageProcessorPil):
+    """Resizes as torchvision would: Pillow would round to 1/255 what is divided by 255 once more."""
+
+    def resize(self, image: np.ndarray, size: Any, resample: object, factor: int, **_: object) -> np.ndarray:  # noqa: ANN401
+        """Return an image [3, H, W] with sides that are multiples of `factor`, bicubic, not clamped."""
+        _, height, width = image.shape
+        sides = smart_resize(height, width, factor, size.shortest_edge, size.longest_edge)
+        pixels = torch.from_numpy(image)[None]
+        return functional.interpolate(pixels, size=sides, mode="bicubic", antialias=True)[0].numpy()
+
+
+class Processor:
+    """Qwen2.5-VL's processor as far as the pipelines use it: the library's own asks for torchvision."""
+
+    def __init__(self, tokenizer: Any) -> None:  # noqa: ANN401 - the library's tokenizers share no typed base
+        self._tokenizer = tokenizer
+        self._images = ImageProcessor(min_pixels=56 * 56, max_pixels=12_845_056)
+
+    def __call__(self, text: list[str], images: Any, **options: Any) -> BatchFeature:  # noqa: ANN401
+        """Return token ids with a placeholder per 2 x 2 patches of each image, and the patches' pixels."""
+        seen = self._images(images, return_tensors="pt")
+        for grid in seen["image_grid_thw"]:
+            text = [one.replace(_IMAGE, "\0" * (grid.prod().item() // 4), 1) for one in text]
+        tokens = self._tokenizer([one.replace("\0", _IMAGE) for one in text], **options)
+        return BatchFeature({**tokens, **seen})
+
+
+def use_own_processor(pipeline: Any) -> None:  # noqa: ANN401 - any Qwen-Image pipeline
+    """Put `Processor` where `from_pretrained` was told to load none."""
+    pipeline.processor = Processor(pipeline.tokenizer)
+
+
+def edit_arguments(pipeline: Any, prompt: PromptSpec, controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401
+    """Arguments for Qwen-Image-Edit: one control image, stretched to the output's aspect for the latents."""
+    image = controls[0].resize((prompt.width, prompt.height), Image.Resampling.LANCZOS)
+    return {"image": image, **_embeddings(pipeline, prompt, _seen(controls[0], _MEGAPIXEL))}
+
+
+def edit_plus_arguments(pipeline: Any, prompt: PromptSpec, controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401
+    """Arguments for Qwen-Image-Edit-2509 and -2511: control images in their own aspects."""
+    return {
+        "image": list(controls),
+        **_embeddings(pipeline, prompt, [_seen(control, _SMALL) for control in controls]),
+    }
+
+
+def _embeddings(pipeline: Any, prompt: PromptSpec, seen: Tensor | list[Tensor]) -> dict[str, Any]:  # noqa: ANN401
+    """Encode both prompts here: the pipeline would show the text encoder other pictures."""
+    arguments: dict[str, Any] = {}
+    for name, text in (("prompt", prompt.prompt), ("negative_prompt", prompt.neg)):
+        # A placeholder in somebody's text would ask for an image that is not there.
+        embeddings, _ = pipeline.encode_prompt(text.replace(_IMAGE, ""), image=seen)
+        mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+        arguments |= {name: None, f"{name}_embeds": embeddings, f"{name}_embeds_mask": mask}
+    return arguments
+
+
+def _seen(control: Image.Image, area: int) -> Tensor:
+    """Return a control image as the text encoder sees it: [1, 3, H, W] in 0..1, sides multiples of 32."""
+    pixels = torch.from_numpy(np.array(control, dtype=np.float32) / 255).permute(2, 0, 1)[None]
+    swapped = control.height / control.width
+    width, height = (round(math.sqrt(area * ratio) / 32) * 32 for ratio in (swapped, 1 / swapped))
+    return functional.interpolate(pixels, size=(height, width), mode="bilinear")
