@@ -104,6 +104,12 @@ FLOW_SHIFT_3: tuple[str, Mapping[str, Any]] = (
 )
 """Z-Image's schedule as the trainer trains and samples it, whatever the repository says."""
 
+FLOW_SHIFT_6: tuple[str, Mapping[str, Any]] = (
+    "FlowMatchEulerDiscreteScheduler",
+    MappingProxyType({"num_train_timesteps": 1000, "shift": 6.0, "use_dynamic_shifting": False}),
+)
+"""Lumina 2's schedule, whatever the repository says."""
+
 TRAINER_DDPM: tuple[str, Mapping[str, Any]] = (
     "DDPMScheduler",
     MappingProxyType(
@@ -431,6 +437,20 @@ _ROWS = (
         guidance=4.0,
         divisor=32,
         memory_gib=QWEN_IMAGE_GIB,
+        licence="Apache-2.0",
+    ),
+    ModelSpec(
+        id="lumina2",
+        family="lumina2",
+        title="Lumina-Image 2.0",
+        pipeline="Lumina2Pipeline",
+        checkpoint=Checkpoint(repo="Alpha-VLLM/Lumina-Image-2.0"),
+        scheduler=FLOW_SHIFT_6,
+        call_options={"max_sequence_length": 256},
+        steps=25,
+        guidance=4.0,
+        divisor=32,
+        memory_gib={"transformer": 4.9, "text_encoder": 4.9, "vae": 0.16},
         licence="Apache-2.0",
     ),
 )

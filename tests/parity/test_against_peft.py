@@ -86,7 +86,11 @@ def test_lokr_with_whole_and_with_split_factors(both: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("model", "stem"), [("qwen_image", "diffusion_model.transformer_blocks.0.attn.to_q")]
+    ("model", "stem"),
+    [
+        ("qwen_image", "diffusion_model.transformer_blocks.0.attn.to_q"),
+        ("lumina2", "transformer.layers.0.attn.to_q"),
+    ],
 )
 def test_lokr_that_diffusers_does_not_read(new_studio: Get, tmp_path: Path, model: str, stem: str) -> None:
     used = new_studio(model)

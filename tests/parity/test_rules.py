@@ -72,7 +72,9 @@ def test_flux_has_no_negative_prompt_and_embeds_guidance(studio: Get, model: str
     assert len(pictures) == 3
 
 
-@pytest.mark.parametrize("model", each(["sd15", "sdxl", "qwen_image", "qwen_image_2512", "qwen_image_edit"]))
+@pytest.mark.parametrize(
+    "model", each(["sd15", "sdxl", "qwen_image", "qwen_image_2512", "qwen_image_edit", "lumina2"])
+)
 def test_guidance_above_one_guides(studio: Get, model: str) -> None:
     used = studio(model)
     for guidance, ignored in ((0.0, True), (1.0, True), (3.0, False)):
@@ -98,6 +100,7 @@ def test_z_image_guides_above_zero(studio: Get, model: str) -> None:
         ("flux2_klein_4b", 512),
         ("zimage", 512),
         ("qwen_image", 512),
+        ("lumina2", 256),
     ],
 )
 def test_what_is_past_the_prompt_limit_has_no_effect(studio: Get, model: str, tokens: int) -> None:
