@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Mapping
 
+from cluster.connect import open_queue
 from cluster.jobs import Depth, StoreUnavailable
 from cluster.queue import JobQueue
 
@@ -36,7 +37,7 @@ class LoadReader:
         queue: JobQueue | None = None
         while True:
             try:
-                queue = queue or JobQueue(self._url)
+                queue = queue or open_queue(self._url)
                 self._depths, self._read_at = queue.depths(), time.monotonic()
             except StoreUnavailable:
                 logger.warning("the job table is away; replica counts stay as they are")

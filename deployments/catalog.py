@@ -40,6 +40,11 @@ class ControlImages:
     least_side: int = 1
     most_aspect: int | None = None
 
+    def take(self, size: tuple[int, int]) -> bool:
+        """Whether an image of this size in pixels has a shape that the model takes."""
+        short, long = sorted(size)
+        return short >= self.least_side and (self.most_aspect is None or long <= short * self.most_aspect)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:

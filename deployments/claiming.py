@@ -14,12 +14,14 @@ from concurrent.futures import Future
 from cluster.jobs import Claim, FailureCode, JobFailure, Phase, StoreUnavailable
 from cluster.objects import ObjectStore
 from cluster.queue import JobQueue
+from cluster.secrets import open_secret
 from cluster.telemetry import redact
 from deployments.controls import Controls
 from deployments.engine import Engine
 from deployments.heartbeat import Heartbeat, end_process
 from deployments.loras.sources import Loras
 from deployments.publish import Publisher
+from deployments.render import join_secrets
 from deployments.rendering import Report, render_job
 from deployments.running import Run, Stop, Stopped
 
@@ -160,14 +162,16 @@ class ClaimLoop:
         self._publishing = self._publisher.settle(run, result)
 
     def _render(self, run: Run, report: Report) -> None:
+        secrets = open_secret(run.claim.secret) if run.claim.secret else {}
         rendered = render_job(
             self._engine,
-            run.spec,
+            join_secrets(run.spec, secrets.get("queries", ())),
             loras=self._loras,
             controls=self._controls,
             observer=run,
             report=report,
             skip=run.claim.done,
+            hf_token=secrets.get("hf_token"),
         )
         for item in rendered:
             manifest = {"request_id": run.claim.job.id, "prompt_index": item.index, **item.manifest}

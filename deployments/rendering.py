@@ -111,11 +111,19 @@ def render_job(
             # Prompts in a row often have the same images.
             held = {name: held.get(name) or controls.open(name, fetching) for name in prompt.controls}
             started = time.monotonic()
-            images = [held[name] for name in prompt.controls]
+            images = [_shaped(engine, held[name]) for name in prompt.controls]
             render = partial(_render, engine, weighted, prompt, images, observer)
             media = _fitting(engine, f"{prompt.width}x{prompt.height}", render)
             report.timings["prompts"].append(time.monotonic() - started)
             yield Rendered(index, media, _manifest(engine, prompt, chosen))
+
+
+def _shaped(engine: Engine, image: Image.Image) -> Image.Image:
+    """Return the image if the model takes its shape; of one from the web nobody knew it before."""
+    if not engine.spec.control_images.take(image.size):
+        message = f"the model takes no control image of {image.width}x{image.height}"
+        raise JobFailure(FailureCode.CONTROL_IMAGE_SHAPE, message)
+    return image
 
 
 def _render(

@@ -15,10 +15,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 
+from cluster.connect import open_queue
 from cluster.database import jobs_url
 from cluster.net import Fetcher
 from cluster.objects import open_store
-from cluster.queue import JobQueue
 from cluster.telemetry import configure_logging
 from cluster.urls import parse_hosts
 from deployments.catalog import CATALOG
@@ -57,13 +57,18 @@ class Worker:
     async def __init__(self, model: str, config: WorkerConfig) -> None:  # type: ignore[misc]
         configure_logging()
         self._owner = f"{model}@{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-        self._queue = JobQueue(
-            jobs_url(config.jobs), lease_s=config.lease_s, run_timeout_s=config.inference_timeout_s
-        )
+        self._loop: ClaimLoop | None = None
+        options = {"lease_s": config.lease_s, "run_timeout_s": config.inference_timeout_s}
+        self._queue = await asyncio.to_thread(open_queue, jobs_url(config.jobs), **options)
         self._heartbeat = Heartbeat(
-            self._queue, self._owner, model, warm=lambda: self._loop.warm, lease_s=config.lease_s
+            self._queue,
+            self._owner,
+            model,
+            warm=lambda: self._loop.warm if self._loop else (),
+            lease_s=config.lease_s,
         )
-        # Torch and diffusers take seconds to import; the replica has announced itself by then.
+        # Torch and diffusers take seconds to import: the policy must know of this replica before that.
+        self._heartbeat.start()
         from deployments.checkpoints import Checkpoints
         from deployments.claiming import ClaimLoop
         from deployments.controls import Controls
@@ -96,7 +101,6 @@ class Worker:
             loras=loras,
             controls=Controls(store, fetcher, config.max_image_pixels),
         )
-        self._heartbeat.start()
         self._loop.start()
         # Serve counts the replica as running from here on, so a rolling update keeps the old one until then.
         await asyncio.to_thread(self._loop.loaded.wait)
@@ -110,6 +114,7 @@ class Worker:
         """Drain: claim nothing more, finish what runs, or release it while there is time to write."""
         grace_s = serve.get_replica_context()._deployment_config.graceful_shutdown_timeout_s
         patience_s = grace_s - min(RELEASE_MARGIN_S, grace_s / 2)
-        await asyncio.to_thread(self._loop.drain, patience_s)
+        if self._loop is not None:
+            await asyncio.to_thread(self._loop.drain, patience_s)
         self._heartbeat.close()
         self._queue.close()

@@ -155,14 +155,14 @@ def _decode_controls(
             continue
         try:
             data = decode_base64(image)
-            sides = sorted(decode_control(data, settings.max_image_pixels).size)
+            size = decode_control(data, settings.max_image_pixels).size
         except ImageTooLarge as error:
             most = settings.max_image_pixels
             raise Refusal(Code.CONTROL_IMAGE_TOO_LARGE, prompt_index=index, max_pixels=most) from error
         except ImageRejected as error:
             raise Refusal(Code.CONTROL_IMAGE_INVALID, prompt_index=index, reason=str(error)) from error
-        least, aspect = model.control_images.least_side, model.control_images.most_aspect
-        if sides[0] < least or (aspect and sides[1] > sides[0] * aspect):
+        if not model.control_images.take(size):
+            least, aspect = model.control_images.least_side, model.control_images.most_aspect
             raise Refusal(Code.CONTROL_IMAGE_SHAPE, prompt_index=index, least_side=least, most_aspect=aspect)
         decoded.append((content_key(data), data))
     return decoded

@@ -16,6 +16,7 @@ from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Respons
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse
 
+from cluster.connect import open_queue
 from cluster.database import jobs_url
 from cluster.jobs import Job, JobState
 from cluster.objects import ObjectStore, open_store
@@ -118,7 +119,7 @@ def create_app(settings: GatewayArgs) -> FastAPI:
             logger.warning("the service is open: without API_KEYS it is for everybody who reaches its port")
         with ExitStack() as stack:
             store = await run_sync(open_store, settings.outputs)
-            opened = partial(JobQueue, jobs_url(settings.jobs), run_timeout_s=settings.inference_timeout_s)
+            opened = partial(open_queue, jobs_url(settings.jobs), run_timeout_s=settings.inference_timeout_s)
             queue = stack.enter_context(closing(await run_sync(opened)))
             stack.enter_context(closing(Janitor(queue, store, settings.retention_days * DAY_S)))
             waiting = stack.enter_context(closing(Waiting(queue)))

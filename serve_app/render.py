@@ -82,7 +82,13 @@ def _render_file(
         report = Report()
         loras, controls = open_sources(settings, store)
         rendered = render_job(
-            engine, spec, loras=loras, controls=controls, observer=Unwatched(), report=report
+            engine,
+            spec,
+            loras=loras,
+            controls=controls,
+            observer=Unwatched(),
+            report=report,
+            hf_token=request.hf_token,
         )
         outputs = [_write(item, folder, file_format) for item in rendered]
     except OSError as error:

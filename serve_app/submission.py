@@ -8,6 +8,7 @@ from cluster.jobs import IdempotencyConflict, Job, NewJob
 from cluster.objects import ObjectStore
 from cluster.queue import JobQueue
 from cluster.secrets import seal
+from deployments.render import split_secrets
 from serve_app.admission import admit
 from serve_app.auth import OPEN_TENANT
 from serve_app.errors import Code, Refusal
@@ -49,7 +50,8 @@ def submit(
             return earlier
     if full is not None:
         raise full
-    spec = admit(request, settings, store)
+    spec, queries = split_secrets(admit(request, settings, store))
+    secrets = {"hf_token": request.hf_token, "queries": queries}
     job = NewJob(
         id=str(uuid.uuid4()),
         model=spec.model,
@@ -58,7 +60,7 @@ def submit(
         tenant=tenant,
         idempotency_key=key,
         fingerprint=fingerprint,
-        secret=seal({"hf_token": request.hf_token}) if request.hf_token else None,
+        secret=seal(secrets) if any(secrets.values()) else None,
     )
     try:
         return queue.submit([job])[0]

@@ -312,6 +312,8 @@ def test_a_control_image_of_a_shape_that_flux2_does_not_take(service: Service, s
         {"prompt_index": 0, "least_side": 64, "most_aspect": 8},
         400,
     )
+
+
 def test_a_control_image_too_narrow_for_the_model_is_refused(service: Service) -> None:
     def request(width: int, height: int) -> dict[str, Any]:
         image = base64.b64encode(png(width, height)).decode()

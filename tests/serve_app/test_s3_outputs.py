@@ -25,6 +25,7 @@ from deployments.checkpoints import Checkpoints
 from deployments.claiming import ClaimLoop
 from deployments.engine import Engine
 from deployments.heartbeat import Heartbeat
+from serve_app.render import open_sources
 from serve_app.settings import GatewayArgs
 from tests.parity.cases import FOLDER
 from tests.s3 import SECRET, Proxy, refused
@@ -54,13 +55,16 @@ def worker(settings: GatewayArgs, checkpoints: Path) -> Iterator[ClaimLoop]:
     with closing(JobQueue(settings.jobs)) as queue:
         loop: ClaimLoop
         heartbeat = Heartbeat(queue, "worker@test:1:a", MODEL, warm=lambda: loop.warm, lease_s=30.0)
+        store = open_store(settings.outputs)
+        loras, controls = open_sources(settings, store)
         loop = ClaimLoop(
             Engine(CATALOG[MODEL], Checkpoints(checkpoints, None), device="cpu"),
             queue,
-            open_store(settings.outputs),
+            store,
             heartbeat,
             owner="worker@test:1:a",
-            loras=settings.loras,
+            loras=loras,
+            controls=controls,
         )
         heartbeat.start()
         yield loop
