@@ -51,7 +51,7 @@ def submit(
     if full is not None:
         raise full
     spec, queries = split_secrets(admit(request, settings, store))
-    secrets = {"hf_token": request.hf_token, "queries": queries}
+    secrets = {name: value for name, value in (("hf_token", request.hf_token), ("queries", queries)) if value}
     job = NewJob(
         id=str(uuid.uuid4()),
         model=spec.model,
@@ -60,7 +60,7 @@ def submit(
         tenant=tenant,
         idempotency_key=key,
         fingerprint=fingerprint,
-        secret=seal(secrets) if any(secrets.values()) else None,
+        secret=seal(secrets) if secrets else None,
     )
     try:
         return queue.submit([job])[0]

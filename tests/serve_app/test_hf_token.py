@@ -12,6 +12,7 @@ import pytest
 
 from cluster.jobs import FailureCode, JobFailure, JobState
 from cluster.secrets import open_secret
+from deployments.render import RenderSpec, join_secrets
 from tests.serve_app.conftest import Service, body, serving
 
 TOKEN = "hf_Sg7secretSg7secretSg7"
@@ -53,6 +54,18 @@ def test_the_worker_gets_it_and_nobody_else_does(sealing: Service, caplog: pytes
     for clear in (TOKEN, KEY):
         assert not any(clear in text for text in texts)
         assert not any(clear.encode() in file.read_bytes() for file in files)
+
+
+def test_the_query_of_a_url_is_as_secret_as_a_token(sealing: Service) -> None:
+    query = "?X-Amz-Signature=5ecret5ecret5ecret"
+    url = "https://files.example/style.safetensors"
+    claim = sealing.claim(sealing.submit(body(lora={"path": f"{url}{query}"})))
+    assert claim.job.spec["loras"][0]["path"] == url
+    assert claim.secret is not None
+    whole = join_secrets(RenderSpec.model_validate(claim.job.spec), open_secret(claim.secret)["queries"])
+    assert whole.loras[0].path == f"{url}{query}"
+    files = [file for file in sealing.settings.loras.parent.rglob("*") if file.is_file()]
+    assert not any(b"5ecret5ecret" in file.read_bytes() for file in files)
 
 
 def _cancel_queued(service: Service, job_id: str) -> None:
