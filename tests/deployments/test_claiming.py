@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from PIL import Image
 from cluster.jobs import FailureCode, Job, JobState, NewJob
 from cluster.objects import DirectoryStore, StoreError
 from cluster.queue import JobQueue
+from cluster.secrets import seal
 from deployments import claiming, publish
 from deployments.catalog import CATALOG
 from deployments.checkpoints import Checkpoints
@@ -76,14 +78,18 @@ class Worker:
 
     def submit(self, lora: str = "a", **fields: Any) -> str:
         """Queue a job of small pictures, one per seed."""
-        seeds = fields.pop("seeds", (1,))
+        seeds, secret = fields.pop("seeds", (1,)), fields.pop("secret", None)
         format_ = fields.pop("output_format", "png")
         defaults = {"prompt": "a road", "neg": "", "width": 64, "height": 64, "steps": 2, "guidance": 4.0}
         prompts = tuple(PromptSpec(**{**defaults, **fields}, seed=seed) for seed in seeds)
         loras = (LoraSpec(path=f"{lora}.safetensors"),)
         spec = RenderSpec(model="flux", loras=loras, prompts=prompts, output_format=format_)
         job = NewJob(
-            id=str(uuid.uuid4()), model="flux", spec=spec.model_dump(mode="json"), adapter=spec.adapter
+            id=str(uuid.uuid4()),
+            model="flux",
+            spec=spec.model_dump(mode="json"),
+            adapter=spec.adapter,
+            secret=secret,
         )
         return self.queue.submit([job])[0].id
 
@@ -183,6 +189,40 @@ def test_a_lora_from_a_url_renders_as_the_local_one(worker: Worker, monkeypatch:
         ("LORA_UNREACHABLE", 3),
     ]
     assert worker.loop.warm == {":a.safetensors", f":{site.url('/x.safetensors')}"}
+
+
+def test_a_sealed_query_reaches_the_origin_and_nothing_else(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SECRET_KEY", "a phrase of more than thirty-two characters")
+    data, signature = (worker.loras / "a.safetensors").read_bytes(), "?signature=5ecret5ecret"
+
+    def page(request: BaseHTTPRequestHandler) -> None:
+        signed = request.path.endswith(signature)
+        answer(request, 200 if signed else 403, data if signed else b"")
+
+    with serving_site() as site:
+        site.pages["/x.safetensors"] = page
+        worker.hosts = (site.host,)
+        worker.start()
+        url = site.url("/x")
+        unsigned = worker.ended(worker.submit(url))
+        signed = worker.ended(worker.submit(url, secret=seal({"queries": [signature]})))
+    assert unsigned.error_code == FailureCode.LORA_ACCESS_DENIED
+    assert signed.state is JobState.SUCCEEDED
+    manifest = worker.store.get(worker.queue.outputs(signed.id)[0]["manifest_key"])
+    assert b"5ecret" not in manifest
+    assert "5ecret" not in caplog.text
+
+
+def test_a_job_whose_secrets_cannot_be_read_fails(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_KEY", "a phrase of more than thirty-two characters")
+    secret = seal({"hf_token": "hf_0123456789"})
+    monkeypatch.setenv("SECRET_KEY", "another phrase of more than thirty-two characters")
+    worker.start()
+    job = worker.ended(worker.submit(secret=secret))
+    assert (job.state, job.error_code) == (JobState.FAILED, FailureCode.SECRET_UNREADABLE)
+    assert worker.ended(worker.submit()).state is JobState.SUCCEEDED
 
 
 def test_a_running_job_is_canceled_at_its_next_step(worker: Worker) -> None:
