@@ -138,6 +138,9 @@ MISTRAL_3_1 = Checkpoint(repo="mistralai/Mistral-Small-3.1-24B-Instruct-2503", g
 """FLUX.2 [dev]'s text encoder as the trainer has it; the repository's own weights are those of 3.2."""
 
 FLUX2_REFERENCES = ControlImages(most=3, least_side=64, most_aspect=8)
+KREA2_CALL: Mapping[str, Any] = MappingProxyType({"max_sequence_length": 512 + 5})
+"""512 tokens of prompt; diffusers counts the five that follow it too."""
+
 QWEN_IMAGE_GIB: Mapping[str, float] = MappingProxyType(
     {"transformer": 38.1, "text_encoder": 15.5, "vae": 0.24}
 )
@@ -457,6 +460,36 @@ _ROWS = (
         divisor=32,
         memory_gib={"transformer": 4.9, "text_encoder": 4.9, "vae": 0.16},
         licence="Apache-2.0",
+    ),
+    ModelSpec(
+        id="krea2",
+        family="krea2",
+        title="Krea 2 Raw",
+        pipeline="Krea2Pipeline",
+        checkpoint=Checkpoint(repo="krea/Krea-2-Raw", gated=True),
+        call_options=KREA2_CALL,
+        arguments="guidance_argument",
+        steps=30,
+        guidance=4.0,
+        divisor=16,
+        memory_gib={"transformer": 23.9, "text_encoder": 8.3, "vae": 0.24},
+        licence="Krea 2 Licence",
+    ),
+    ModelSpec(
+        id="krea2_turbo",
+        family="krea2",
+        title="Krea 2 Turbo",
+        pipeline="Krea2Pipeline",
+        checkpoint=Checkpoint(repo="krea/Krea-2-Turbo", gated=True),
+        # Or diffusers would pin the shift that depends on the size; neither trainer nor reference does.
+        load_options={"is_distilled": False},
+        call_options=KREA2_CALL,
+        arguments="guidance_argument",
+        steps=9,
+        guidance=1.0,
+        divisor=16,
+        memory_gib={"transformer": 23.9, "text_encoder": 8.3, "vae": 0.24},
+        licence="Krea 2 Licence",
     ),
 )
 

@@ -1,6 +1,6 @@
-"""The original code's names of layers that diffusers renamed or split: FLUX.1, FLUX.2 and Chroma.
+"""The original code's names of layers that diffusers renamed or split: FLUX.1, FLUX.2, Chroma and Krea 2.
 
-The trainer writes FLUX.2 and Chroma files in these names, kohya's and LyCORIS' files of all three have them.
+The trainer writes FLUX.2, Chroma and Krea 2 files in these names; kohya's and LyCORIS' files have them too.
 """
 
 from __future__ import annotations
@@ -39,6 +39,25 @@ ORIGINAL_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("double_blocks.{}.txt_mlp.2", (_DOUBLE + "ff_context.linear_out",)),
     ("single_blocks.{}.linear1", (_SINGLE + "attn.to_qkv_mlp_proj",)),
     ("single_blocks.{}.linear2", (_SINGLE + "attn.to_out",)),
+    # Krea 2
+    *(
+        (f"{original}.{{}}.{name}", (f"{ours}.{{}}.{path}",))
+        for original, ours in (
+            ("blocks", "transformer_blocks"),
+            ("txtfusion.layerwise_blocks", "text_fusion.layerwise_blocks"),
+            ("txtfusion.refiner_blocks", "text_fusion.refiner_blocks"),
+        )
+        for name, path in (
+            ("attn.wq", "attn.to_q"),
+            ("attn.wk", "attn.to_k"),
+            ("attn.wv", "attn.to_v"),
+            ("attn.wo", "attn.to_out.0"),
+            ("attn.gate", "attn.to_gate"),
+            ("mlp.gate", "ff.gate"),
+            ("mlp.up", "ff.up"),
+            ("mlp.down", "ff.down"),
+        )
+    ),
 )
 """Original name, with the block's index left open, and the layers in diffusers whose outputs make up its own.
 

@@ -86,15 +86,23 @@ def test_lokr_with_whole_and_with_split_factors(both: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("model", "stem"),
+    ("model", "stem", "path"),
     [
-        ("qwen_image", "diffusion_model.transformer_blocks.0.attn.to_q"),
-        ("lumina2", "transformer.layers.0.attn.to_q"),
+        ("qwen_image", "diffusion_model.transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q"),
+        ("lumina2", "transformer.layers.0.attn.to_q", "layers.0.attn.to_q"),
+        ("krea2", "diffusion_model.blocks.0.mlp.gate", "transformer_blocks.0.ff.gate"),
+        (
+            "krea2",
+            "diffusion_model.txtfusion.refiner_blocks.0.attn.wo",
+            "text_fusion.refiner_blocks.0.attn.to_out.0",
+        ),
     ],
 )
-def test_lokr_that_diffusers_does_not_read(new_studio: Get, tmp_path: Path, model: str, stem: str) -> None:
+def test_lokr_that_diffusers_does_not_read(
+    new_studio: Get, tmp_path: Path, model: str, stem: str, path: str
+) -> None:
     used = new_studio(model)
-    layer = used.engine._pipeline.transformer.get_submodule(stem.split(".", 1)[1])
+    layer = used.engine._pipeline.transformer.get_submodule(path)
     out, into = layer.weight.shape
     w1, w2 = torch.eye(4) + 1, torch.linspace(-1, 1, out * into // 16).reshape(out // 4, into // 4)
     tensors = {f"{stem}.lokr_w1": w1, f"{stem}.lokr_w2": w2, f"{stem}.alpha": torch.tensor(1e10)}

@@ -73,7 +73,19 @@ def test_flux_has_no_negative_prompt_and_embeds_guidance(studio: Get, model: str
 
 
 @pytest.mark.parametrize(
-    "model", each(["sd15", "sdxl", "qwen_image", "qwen_image_2512", "qwen_image_edit", "lumina2"])
+    "model",
+    each(
+        [
+            "sd15",
+            "sdxl",
+            "qwen_image",
+            "qwen_image_2512",
+            "qwen_image_edit",
+            "lumina2",
+            "krea2",
+            "krea2_turbo",
+        ]
+    ),
 )
 def test_guidance_above_one_guides(studio: Get, model: str) -> None:
     used = studio(model)
@@ -101,6 +113,7 @@ def test_z_image_guides_above_zero(studio: Get, model: str) -> None:
         ("zimage", 512),
         ("qwen_image", 512),
         ("lumina2", 256),
+        ("krea2", 512),
     ],
 )
 def test_what_is_past_the_prompt_limit_has_no_effect(studio: Get, model: str, tokens: int) -> None:
@@ -108,6 +121,13 @@ def test_what_is_past_the_prompt_limit_has_no_effect(studio: Get, model: str, to
     long = "a " * tokens
     assert equal(used.render({}, prompt=long + "cat"), used.render({}, prompt=long + "dog in the snow"))
     assert not equal(used.render({}, prompt="a cat"), used.render({}, prompt="a dog in the snow"))
+
+
+def test_krea_2_reads_512_tokens_of_a_prompt(studio: Get) -> None:
+    """And not five fewer, for which diffusers takes it."""
+    used = studio("krea2")
+    long = "a " * 510
+    assert not equal(used.render({}, prompt=long + "cat"), used.render({}, prompt=long + "dog"))
 
 
 def test_an_empty_negative_prompt_of_sdxl_is_encoded(studio: Get) -> None:
