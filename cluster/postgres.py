@@ -109,9 +109,10 @@ class PostgresDatabase:
         with _reachable(), self._engine.connect() as connection, connection.begin():
             _allow(connection, seconds)
             limit = f"{seconds * 1000:.0f}"
-            # One message. The server's own limits free what a process locks that stops in the middle. The other
-            # two settings make claims walk the index that has their order, whatever statistics say: those of
-            # a queue are absent or of another hour. (Plans without an alternative are costly on paper: no JIT.)
+            # One message. The server's own limits free what a process locks that stops in the middle. The
+            # other two settings make claims walk the index that has their order, whatever statistics say:
+            # those of a queue are absent or of another hour. (Plans without an alternative are costly on
+            # paper: no JIT.)
             connection.exec_driver_sql(
                 "BEGIN ISOLATION LEVEL READ COMMITTED;"
                 f"SET LOCAL statement_timeout = {limit};"

@@ -322,7 +322,7 @@ def test_a_control_image_too_narrow_for_the_model_is_refused(service: Service) -
     for size in ((1510, 10), (10, 1510)):
         code, details, status = refused(service, request(*size))
         assert (code, status) == ("CONTROL_IMAGE_SHAPE", 400)
-        assert details == {"prompt_index": 0, "least_side": 1, "most_aspect_ratio": 150}
+        assert details == {"prompt_index": 0, "least_side": 1, "most_aspect": 150}
     assert service.post(request(10, 1500)).status_code == 200
 
 
