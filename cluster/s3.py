@@ -164,19 +164,18 @@ class S3Store:
 
     def delete(self, prefix: str) -> None:  # noqa: D102
         bucket, name = self._place.bucket, self._name(prefix)
+        left: list[dict[str, str]] = []
         with _faults(f"{prefix} cannot be removed"):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=name)
             # A page holds up to 1000 names, as many as one request may delete.
             for page in pages:
                 found = [item["Key"] for item in page.get("Contents", ())]
-                doomed = [{"Key": key} for key in found if key == name or key.startswith(f"{name}/")]
-                if doomed:
-                    answer = self._client.delete_objects(
-                        Bucket=bucket, Delete={"Objects": doomed, "Quiet": True}
-                    )
-                    if left := answer.get("Errors"):
-                        code = redact(str(left[0].get("Code")))
-                        raise StoreError(f"{prefix} cannot be removed: {len(left)} objects stay, {code}")
+                if doomed := [{"Key": key} for key in found if key == name or key.startswith(f"{name}/")]:
+                    request = {"Objects": doomed, "Quiet": True}
+                    left += self._client.delete_objects(Bucket=bucket, Delete=request).get("Errors", [])
+        if left:
+            code = redact(str(left[0].get("Code")))
+            raise StoreError(f"{prefix} cannot be removed: {len(left)} objects were refused with {code}")
 
     def _upload(self, key: str, source: BinaryIO | str, content_type: str) -> None:
         name = self._name(key)
@@ -190,16 +189,18 @@ class S3Store:
 
 
 def _client(place: S3Url) -> Any:  # noqa: ANN401 - botocore makes the class when it runs
-    elsewhere = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    own_endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     config = Config(
         # Without it some regions get URLs of the old kind, which encrypted objects refuse.
         signature_version="s3v4",
         connect_timeout=CONNECT_S,
         read_timeout=READ_S,
         retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+        # Else botocore breaks on a 5xx that comes with a checksum, instead of asking again.
+        response_checksum_validation="when_required",
         # Left to itself, botocore signs URLs for AWS's global host, which redirects those of other regions to
         # a host that they are not signed for.
-        s3={"addressing_style": place.addressing or ("path" if elsewhere else "virtual")},
+        s3={"addressing_style": place.addressing or ("path" if own_endpoint else "virtual")},
     )
     # A session of its own: boto3's default one is not safe to share between threads. It reads
     # AWS_DEFAULT_REGION by itself, but not the name that the other SDKs and AWS's containers use.

@@ -217,7 +217,7 @@ async def check_health() -> HealthAnswer:
 
 @public.get("/outputs/{key:path}", response_class=FileResponse, responses=documented(404))
 async def read_output(key: str, parts: Shared) -> FileResponse:
-    """Send a picture or manifest from the local output directory."""
+    """Send a picture or manifest from the local output directory; S3 serves its objects itself."""
     path = await run_sync(parts.store.local_path, key)
     if path is None:
         raise Refusal(Code.OUTPUT_NOT_FOUND)

@@ -125,8 +125,15 @@ def refused(client: socket.socket, server: socket.socket) -> None:
     """Answer as a store that is overloaded."""
     client.recv(65536)
     body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-    head = f"HTTP/1.1 503 Slow Down\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    client.sendall(head.encode() + body)
+    _answer(client, "503 Slow Down", "Content-Type: application/xml", body)
+
+
+def broken(client: socket.socket, server: socket.socket) -> None:
+    """Answer as a store that met an error when it had begun to tell of the object that is read."""
+    while (request := client.recv(65536)).startswith(b"HEAD"):
+        server.sendall(request)
+        client.sendall(server.recv(65536))
+    _answer(client, "500 Internal Server Error", "x-amz-checksum-crc32: AAAAAA==", b"")
 
 
 def delayed(seconds: float) -> Fault:
@@ -166,6 +173,11 @@ def silent(client: socket.socket, server: socket.socket) -> None:
     """Take what the client sends and never answer."""
     while client.recv(65536):
         pass
+
+
+def _answer(client: socket.socket, status: str, field: str, body: bytes) -> None:
+    head = f"HTTP/1.1 {status}\r\n{field}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    client.sendall(head.encode() + body)
 
 
 def _pump(source: socket.socket, sink: socket.socket, size: float = math.inf) -> None:

@@ -17,6 +17,7 @@ from tests.s3 import (
     Fault,
     Proxy,
     S3Server,
+    broken,
     cut_after_receiving,
     delayed,
     name_in_bucket,
@@ -63,7 +64,9 @@ def test_a_part_that_fails_is_sent_again(
 
 
 @pytest.mark.parametrize(
-    "fault", [refused, delayed(0.5), cut_after_receiving(500_000)], ids=["503", "late", "cut off"]
+    "fault",
+    [refused, broken, delayed(0.5), cut_after_receiving(500_000)],
+    ids=["503", "500", "late", "cut off"],
 )
 def test_a_download_survives_faults(s3_proxy: Proxy, s3_url: str, fault: Fault) -> None:
     data = os.urandom(3_000_000)
@@ -137,7 +140,7 @@ def test_a_bucket_that_is_not_there(s3_url: str) -> None:
         store.put(KEY, b"", "image/png")
     with pytest.raises(StoreError, match="NoSuchBucket"):
         store.delete("0d4c")
-    with pytest.raises(StoreError, match="cannot be read: HeadObject was refused with 404"):
+    with pytest.raises(StoreError, match="cannot be read: GetObject was refused with NoSuchBucket"):
         store.get(KEY)
 
 
