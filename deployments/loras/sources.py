@@ -187,7 +187,7 @@ class Loras:
     @cached_property
     def _s3(self) -> Any:  # noqa: ANN401 - boto3 makes its clients' types when they are made
         limits = Config(connect_timeout=10, read_timeout=30, retries={"mode": "standard"})
-        return boto3.client("s3", config=limits)
+        return boto3.Session().client("s3", config=limits)
 
 
 def _verify(sha256: str, expected: str | None) -> None:
