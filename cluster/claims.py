@@ -101,7 +101,7 @@ def _is(column: ColumnElement[str], value: ColumnElement[str]) -> ColumnElement[
 
     So the order "adapter, created_at" can be had without sorting from `jobs_by_adapter` only. After a plain
     comparison PostgreSQL drops the adapter from the order, and without statistics it may walk `jobs_by_age`
-    through the jobs of all other adapters: 2 to 50 times slower with 20,000 jobs.
+    through the jobs of all other adapters: 32 ms with 20,000 jobs, against 0.4 ms.
     """
     return column.between(value, value)
 

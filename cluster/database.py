@@ -34,10 +34,10 @@ class Watch(Protocol):
     """Tells one thread when the job table may have changed; every waiting thread needs its own."""
 
     def wait(self, timeout: float) -> bool:
-        """Block up to `timeout` seconds; True as soon as a job changed its state since the last True.
+        """Block up to `timeout` seconds; True as soon as a job was queued or has ended since the last True.
 
         Time alone wakes nobody: a job in back-off becomes claimable without a change of the table. True may
-        also mean that a change could have gone unnoticed.
+        also come of another change, or mean that one could have gone unnoticed.
         """
         ...
 

@@ -259,7 +259,7 @@ class PostgresWatch:
         self._closed = False
 
     def wait(self, timeout: float) -> bool:
-        """Block up to `timeout` seconds; True as soon as a job changed its state since the last True."""
+        """Block up to `timeout` seconds; True as soon as a job was queued or has ended since the last."""
         with self._feed.news:
             self._feed.news.wait_for(lambda: self._closed or self._feed.count != self._seen, timeout)
             changed = not self._closed and self._feed.count != self._seen
