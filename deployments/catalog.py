@@ -20,7 +20,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A component from another repository: its class as `library.Class`, its folder there ("" is the top)."""
+    """A component loaded apart from the others: its class as `library.Class`, its folder there ("" is the top)."""
 
     class_name: str
     checkpoint: Checkpoint
@@ -52,9 +52,10 @@ class ModelSpec:
 
     `pipeline` and the scheduler's class are diffusers class names; `scheduler` replaces the repository's own.
     `parts` are components from other repositories. Defaults are the reference server's: sizes in pixels,
-    floored to `divisor` in requests. `guidance_argument` is what the pipeline's call names guidance;
-    `call_options` are passed to every call. `adjust` and `arguments` name functions of the family's module in
-    `pipelines`: the first changes the loaded pipeline, the second adds arguments to its call.
+    floored to `divisor` in requests. `guidance_argument` is what the pipeline's call names guidance; the
+    negative prompt is passed where the call has one. `call_options` are passed to every call. `adjust` and
+    `arguments` name functions of the family's module in `pipelines`: the first changes the loaded pipeline,
+    the second adds arguments to its call.
     `memory_gib` is the size of each part in bfloat16. `licence` is the SPDX name or the licence's own.
     """
 
