@@ -139,6 +139,9 @@ MISTRAL_3_1 = Checkpoint(repo="mistralai/Mistral-Small-3.1-24B-Instruct-2503", g
 """FLUX.2 [dev]'s text encoder as the trainer has it; the repository's own weights are those of 3.2."""
 
 FLUX2_REFERENCES = ControlImages(most=3, least_side=64, most_aspect=8)
+LLAMA = Checkpoint(repo="unsloth/Meta-Llama-3.1-8B-Instruct")
+"""HiDream's fourth text encoder."""
+
 KREA2_CALL: Mapping[str, Any] = MappingProxyType({"max_sequence_length": 512 + 5})
 """512 tokens of prompt; diffusers counts the five that follow it too."""
 
@@ -491,6 +494,31 @@ _ROWS = (
         divisor=16,
         memory_gib={"transformer": 23.9, "text_encoder": 8.3, "vae": 0.24},
         licence="Krea 2 Licence",
+    ),
+    ModelSpec(
+        id="hidream",
+        family="hidream",
+        title="HiDream-I1 Full",
+        pipeline="HiDreamImagePipeline",
+        checkpoint=Checkpoint(repo="HiDream-ai/HiDream-I1-Full"),
+        parts={
+            "text_encoder_4": Part(class_name="transformers.LlamaForCausalLM", checkpoint=LLAMA),
+            "tokenizer_4": Part(class_name="transformers.PreTrainedTokenizerFast", checkpoint=LLAMA),
+        },
+        adjust="complete",
+        call_options={"max_sequence_length": 128},
+        steps=50,
+        guidance=5.0,
+        divisor=16,
+        memory_gib={
+            "transformer": 31.9,
+            "text_encoder_4": 15.0,
+            "text_encoder_3": 8.9,
+            "text_encoder_2": 1.3,
+            "text_encoder": 0.2,
+            "vae": 0.2,
+        },
+        licence="MIT",
     ),
 )
 

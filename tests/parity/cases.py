@@ -19,8 +19,8 @@ FOLDER = Path(__file__).parent
 
 MODELS = tuple(sorted(file.parent.name for file in FOLDER.glob("*/cases.json")))
 
-SLOW = frozenset(model for model in MODELS if model.startswith("qwen_image_edit"))
-"""Ids that see a megapixel however small their output: a picture takes seconds."""
+SLOW = frozenset(model for model in MODELS if model.startswith(("qwen_image_edit", "hidream")))
+"""Ids that see or draw a megapixel whatever the request says: a picture takes seconds."""
 
 
 def each(models: Iterable[str]) -> list[Any]:

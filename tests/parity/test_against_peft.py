@@ -96,6 +96,11 @@ def test_lokr_with_whole_and_with_split_factors(both: Any, tmp_path: Path) -> No
             "diffusion_model.txtfusion.refiner_blocks.0.attn.wo",
             "text_fusion.refiner_blocks.0.attn.to_out.0",
         ),
+        (
+            "hidream",
+            "diffusion_model.single_stream_blocks.0.block.attn1.to_q",
+            "single_stream_blocks.0.block.attn1.to_q",
+        ),
     ],
 )
 def test_lokr_that_diffusers_does_not_read(

@@ -123,6 +123,19 @@ def test_what_is_past_the_prompt_limit_has_no_effect(studio: Get, model: str, to
     assert not equal(used.render({}, prompt="a cat"), used.render({}, prompt="a dog in the snow"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "drawn"), [((64, 64), (256, 256)), ((1024, 1024), (256, 256)), ((128, 64), (360, 180))]
+)
+def test_hidream_draws_one_area_in_any_aspect(
+    studio: Get, size: tuple[int, int], drawn: tuple[int, int]
+) -> None:
+    """A megapixel, of which the tiny checkpoint has a sixteenth."""
+    width, height = size
+    picture = studio("hidream").render({}, width=width, height=height, steps=1)
+    assert picture.shape == (drawn[1], drawn[0], 3)
+
+
 def test_krea_2_reads_512_tokens_of_a_prompt(studio: Get) -> None:
     """And not five fewer, for which diffusers takes it."""
     used = studio("krea2")

@@ -1,0 +1,41 @@
+"""HiDream-I1: the schedule that it is sampled with, and how its fourth text encoder is padded."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+
+_FIRST = np.float32(3 * 0.999 / (1 + 2 * 0.999))
+"""Where the sigmas start: 0.999, the noisiest of a thousand training steps, after a shift of 3."""
+
+_SHIFT = math.exp(1.15)
+"""The second shift, that of FLUX.1's schedule for the 4096 tokens of one megapixel."""
+
+
+class TwiceShifted(UniPCMultistepScheduler):
+    """Flow UniPC over sigmas that fall evenly from the first shift's start, shifted once more."""
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,  # type: ignore[override]
+        sigmas: list[float] | None = None,
+        mu: bool | None = None,
+    ) -> None:
+        """Take `num_inference_steps` even steps; the pipeline gives no sigmas of its own."""
+        if num_inference_steps is None:
+            raise ValueError("the number of steps is needed")
+        even = np.linspace(_FIRST, 0, num_inference_steps + 1)[:-1]
+        super().set_timesteps(device=device, sigmas=even)  # type: ignore[arg-type]
+
+
+def complete(pipeline: Any) -> None:  # noqa: ANN401 - any diffusers pipeline
+    """Replace the repository's scheduler, and pad Llama's prompts as the pipeline's constructor would."""
+    pipeline.scheduler = TwiceShifted(
+        num_train_timesteps=1000, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=_SHIFT
+    )
+    pipeline.tokenizer_4.pad_token = pipeline.tokenizer_4.eos_token
