@@ -142,9 +142,6 @@ FLUX2_REFERENCES = ControlImages(most=3, least_side=64, most_aspect=8)
 LLAMA = Checkpoint(repo="unsloth/Meta-Llama-3.1-8B-Instruct")
 """HiDream's fourth text encoder."""
 
-KREA2_CALL: Mapping[str, Any] = MappingProxyType({"max_sequence_length": 512 + 5})
-"""512 tokens of prompt; diffusers counts the five that follow it too."""
-
 QWEN_IMAGE_GIB: Mapping[str, float] = MappingProxyType(
     {"transformer": 38.1, "text_encoder": 15.5, "vae": 0.24}
 )
@@ -471,8 +468,8 @@ _ROWS = (
         title="Krea 2 Raw",
         pipeline="Krea2Pipeline",
         checkpoint=Checkpoint(repo="krea/Krea-2-Raw", gated=True),
-        call_options=KREA2_CALL,
-        arguments="guidance_argument",
+        adjust="keep_state_in_float32",
+        arguments="text_arguments",
         steps=30,
         guidance=4.0,
         divisor=16,
@@ -487,8 +484,8 @@ _ROWS = (
         checkpoint=Checkpoint(repo="krea/Krea-2-Turbo", gated=True),
         # Or diffusers would pin the shift that depends on the size; neither trainer nor reference does.
         load_options={"is_distilled": False},
-        call_options=KREA2_CALL,
-        arguments="guidance_argument",
+        adjust="keep_state_in_float32",
+        arguments="text_arguments",
         steps=9,
         guidance=1.0,
         divisor=16,
