@@ -1,0 +1,26 @@
+"""Chroma."""
+
+from __future__ import annotations
+
+from deployments.catalog.schedules import FLUX_SCHEDULE
+from deployments.catalog.spec import Checkpoint, ModelSpec
+
+ROWS = (
+    ModelSpec(
+        id="chroma",
+        family="chroma",
+        title="Chroma1 Base",
+        pipeline="ChromaPipeline",
+        checkpoint=Checkpoint(repo="lodestones/Chroma1-Base"),
+        scheduler=FLUX_SCHEDULE,
+        adjust="correct_norms",
+        arguments="text_arguments",
+        steps=25,
+        guidance=4.0,
+        divisor=32,
+        # It guides away from the empty text, whatever is sent.
+        negative_prompt=False,
+        memory_gib={"transformer": 16.6, "text_encoder": 8.9, "vae": 0.16},
+        licence="Apache-2.0",
+    ),
+)

@@ -1,0 +1,66 @@
+"""FLUX.1 and Flex."""
+
+from __future__ import annotations
+
+from deployments.catalog.schedules import FLUX_SCHEDULE
+from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec
+
+ROWS = (
+    ModelSpec(
+        id="flux",
+        family="flux",
+        title="FLUX.1 [dev]",
+        pipeline="FluxPipeline",
+        checkpoint=Checkpoint(repo="black-forest-labs/FLUX.1-dev", gated=True),
+        steps=25,
+        guidance=4.0,
+        divisor=16,
+        negative_prompt=False,
+        memory_gib={"transformer": 22.2, "text_encoder_2": 8.9, "text_encoder": 0.2, "vae": 0.16},
+        licence="FLUX.1 [dev] Non-Commercial",
+    ),
+    ModelSpec(
+        id="flux_kontext",
+        family="flux",
+        title="FLUX.1 Kontext [dev]",
+        pipeline="FluxKontextPipeline",
+        checkpoint=Checkpoint(repo="black-forest-labs/FLUX.1-Kontext-dev", gated=True),
+        steps=25,
+        guidance=4.0,
+        divisor=16,
+        negative_prompt=False,
+        control_images=ControlImages(least=1, most=1),
+        arguments="edit_arguments",
+        memory_gib={"transformer": 22.2, "text_encoder_2": 8.9, "text_encoder": 0.2, "vae": 0.16},
+        licence="FLUX.1 [dev] Non-Commercial",
+    ),
+    ModelSpec(
+        id="flex1",
+        family="flux",
+        title="Flex.1 [alpha]",
+        pipeline="FluxPipeline",
+        checkpoint=Checkpoint(repo="ostris/Flex.1-alpha"),
+        scheduler=FLUX_SCHEDULE,
+        steps=25,
+        guidance=4.0,
+        divisor=16,
+        negative_prompt=False,
+        memory_gib={"transformer": 15.2, "text_encoder_2": 8.9, "text_encoder": 0.2, "vae": 0.16},
+        licence="Apache-2.0",
+    ),
+    ModelSpec(
+        id="flex2",
+        family="flux",
+        title="Flex.2 [preview]",
+        pipeline="FluxPipeline",
+        checkpoint=Checkpoint(repo="ostris/Flex.2-preview"),
+        scheduler=FLUX_SCHEDULE,
+        adjust="feed_flex2",
+        steps=25,
+        guidance=4.0,
+        divisor=32,
+        negative_prompt=False,
+        memory_gib={"transformer": 15.2, "text_encoder_2": 8.9, "text_encoder": 0.2, "vae": 0.16},
+        licence="Apache-2.0",
+    ),
+)

@@ -1,0 +1,101 @@
+"""FLUX.2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Part
+
+FLOW_UNSHIFTED: tuple[str, Mapping[str, Any]] = (
+    "FlowMatchEulerDiscreteScheduler",
+    MappingProxyType({"num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False}),
+)
+"""Takes the sigmas that it is given as they are."""
+
+FLUX2_DEV = Checkpoint(repo="black-forest-labs/FLUX.2-dev", gated=True)
+
+MISTRAL_3_1 = Checkpoint(repo="mistralai/Mistral-Small-3.1-24B-Instruct-2503", gated=True)
+"""FLUX.2 [dev]'s text encoder as the trainer has it; the repository's own weights are those of 3.2."""
+
+FLUX2_REFERENCES = ControlImages(most=3, least_side=64, most_aspect=8)
+
+ROWS = (
+    ModelSpec(
+        id="flux2_klein_4b",
+        family="flux2",
+        title="FLUX.2 [klein] Base 4B",
+        pipeline="Flux2KleinPipeline",
+        checkpoint=Checkpoint(repo="black-forest-labs/FLUX.2-klein-base-4B"),
+        scheduler=FLOW_UNSHIFTED,
+        # With a distilled model diffusers would silently leave out guidance.
+        load_options={"is_distilled": False},
+        arguments="klein_arguments",
+        steps=25,
+        guidance=4.0,
+        divisor=16,
+        control_images=FLUX2_REFERENCES,
+        memory_gib={"transformer": 7.2, "text_encoder": 7.5, "vae": 0.16},
+        licence="Apache-2.0",
+    ),
+    ModelSpec(
+        id="flux2_klein_9b",
+        family="flux2",
+        title="FLUX.2 [klein] Base 9B",
+        pipeline="Flux2KleinPipeline",
+        checkpoint=Checkpoint(repo="black-forest-labs/FLUX.2-klein-base-9B", gated=True),
+        scheduler=FLOW_UNSHIFTED,
+        load_options={"is_distilled": False},
+        arguments="klein_arguments",
+        steps=25,
+        guidance=4.0,
+        divisor=16,
+        control_images=FLUX2_REFERENCES,
+        memory_gib={"transformer": 16.9, "text_encoder": 15.3, "vae": 0.16},
+        licence="FLUX Non-Commercial",
+    ),
+    ModelSpec(
+        id="flux2",
+        family="flux2",
+        title="FLUX.2 [dev]",
+        pipeline="Flux2Pipeline",
+        checkpoint=FLUX2_DEV,
+        parts={
+            "text_encoder": Part(
+                class_name="transformers.Mistral3ForConditionalGeneration", checkpoint=MISTRAL_3_1
+            ),
+            # A processor would ask for torchvision, and no picture goes through it.
+            "tokenizer": Part(class_name="transformers.AutoTokenizer", checkpoint=MISTRAL_3_1),
+        },
+        scheduler=FLOW_UNSHIFTED,
+        adjust="complete_tokenizer",
+        arguments="dev_arguments",
+        steps=25,
+        guidance=4.0,
+        divisor=16,
+        negative_prompt=False,
+        control_images=FLUX2_REFERENCES,
+        memory_gib={"transformer": 60.0, "text_encoder": 44.7, "vae": 0.16},
+        licence="FLUX Non-Commercial",
+    ),
+    ModelSpec(
+        id="flux2_diffusers",
+        family="flux2",
+        title="FLUX.2 [dev], as diffusers has it",
+        pipeline="Flux2Pipeline",
+        checkpoint=FLUX2_DEV,
+        parts={
+            "tokenizer": Part(
+                class_name="transformers.AutoTokenizer", checkpoint=FLUX2_DEV, folder="tokenizer"
+            ),
+        },
+        adjust="complete_tokenizer",
+        steps=25,
+        guidance=4.0,
+        divisor=32,
+        negative_prompt=False,
+        memory_gib={"transformer": 60.0, "text_encoder": 44.7, "vae": 0.16},
+        licence="FLUX Non-Commercial",
+    ),
+)

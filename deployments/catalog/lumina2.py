@@ -1,0 +1,32 @@
+"""Lumina-Image 2.0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from deployments.catalog.spec import Checkpoint, ModelSpec
+
+FLOW_SHIFT_6: tuple[str, Mapping[str, Any]] = (
+    "FlowMatchEulerDiscreteScheduler",
+    MappingProxyType({"num_train_timesteps": 1000, "shift": 6.0, "use_dynamic_shifting": False}),
+)
+"""Lumina 2's schedule, whatever the repository says."""
+
+ROWS = (
+    ModelSpec(
+        id="lumina2",
+        family="lumina2",
+        title="Lumina-Image 2.0",
+        pipeline="Lumina2Pipeline",
+        checkpoint=Checkpoint(repo="Alpha-VLLM/Lumina-Image-2.0"),
+        scheduler=FLOW_SHIFT_6,
+        call_options={"max_sequence_length": 256},
+        steps=25,
+        guidance=4.0,
+        divisor=32,
+        memory_gib={"transformer": 4.9, "text_encoder": 4.9, "vae": 0.16},
+        licence="Apache-2.0",
+    ),
+)

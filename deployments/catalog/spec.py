@@ -1,0 +1,82 @@
+"""What a row of the catalogue holds: everything about a model that is data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A repository in diffusers layout; `variant` names the file variant that the reference loads."""
+
+    repo: str
+    revision: str = "main"
+    variant: str | None = None
+    gated: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A component loaded apart from the others: its class as `library.Class`, its folder ("" is the top)."""
+
+    class_name: str
+    checkpoint: Checkpoint
+    folder: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlImages:
+    """How many control images a prompt takes, and of what shape.
+
+    With `most` 0, images sent are ignored, with a warning. `least_side` is in pixels; the longer side is at
+    most `most_aspect` times the shorter.
+    """
+
+    least: int = 0
+    most: int = 0
+    least_side: int = 1
+    most_aspect: int | None = None
+
+    def take(self, size: tuple[int, int]) -> bool:
+        """Whether an image of this size in pixels has a shape that the model takes."""
+        short, long = sorted(size)
+        return short >= self.least_side and (self.most_aspect is None or long <= short * self.most_aspect)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """One model id.
+
+    `pipeline` and the scheduler's class are diffusers class names; `scheduler` replaces the repository's own.
+    `parts` are components from other repositories. Defaults are the reference server's: sizes in pixels,
+    floored to `divisor` in requests. `guidance_argument` is what the pipeline's call names guidance; the
+    negative prompt is passed where the call has one. `call_options` are passed to every call. `adjust` and
+    `arguments` name functions of the family's module in `pipelines`: the first changes the loaded pipeline,
+    the second adds arguments to its call.
+    `memory_gib` is the size of each part in bfloat16. `licence` is the SPDX name or the licence's own.
+    """
+
+    id: str
+    family: str
+    title: str
+    pipeline: str
+    checkpoint: Checkpoint
+    steps: int
+    guidance: float
+    divisor: int
+    width: int = 1024
+    height: int = 1024
+    scheduler: tuple[str, Mapping[str, Any]] | None = None
+    parts: Mapping[str, Part] = field(default_factory=lambda: MappingProxyType({}))
+    load_options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    call_options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    guidance_argument: str = "guidance_scale"
+    negative_prompt: bool = True
+    control_images: ControlImages = ControlImages()
+    adjust: str | None = None
+    arguments: str | None = None
+    memory_gib: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    licence: str = ""

@@ -1,0 +1,63 @@
+"""Z-Image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from deployments.catalog.spec import Checkpoint, ModelSpec, Part
+
+FLOW_SHIFT_3: tuple[str, Mapping[str, Any]] = (
+    "FlowMatchEulerDiscreteScheduler",
+    MappingProxyType({"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": False}),
+)
+"""Z-Image's schedule as the trainer trains and samples it, whatever the repository says."""
+
+ROWS = (
+    ModelSpec(
+        id="zimage",
+        family="zimage",
+        title="Z-Image",
+        pipeline="ZImagePipeline",
+        checkpoint=Checkpoint(repo="Tongyi-MAI/Z-Image"),
+        scheduler=FLOW_SHIFT_3,
+        steps=30,
+        guidance=4.0,
+        divisor=32,
+        memory_gib={"transformer": 11.5, "text_encoder": 7.5, "vae": 0.16},
+        licence="Apache-2.0",
+    ),
+    ModelSpec(
+        id="zimage_turbo",
+        family="zimage",
+        title="Z-Image Turbo",
+        pipeline="ZImagePipeline",
+        checkpoint=Checkpoint(repo="Tongyi-MAI/Z-Image-Turbo"),
+        steps=8,
+        guidance=1.0,
+        divisor=32,
+        memory_gib={"transformer": 11.5, "text_encoder": 7.5, "vae": 0.16},
+        licence="Apache-2.0",
+    ),
+    ModelSpec(
+        id="zimage_deturbo",
+        family="zimage",
+        title="Z-Image De-Turbo",
+        pipeline="ZImagePipeline",
+        checkpoint=Checkpoint(repo="Tongyi-MAI/Z-Image-Turbo"),
+        parts={
+            "transformer": Part(
+                class_name="diffusers.ZImageTransformer2DModel",
+                checkpoint=Checkpoint(repo="ostris/Z-Image-De-Turbo"),
+                folder="transformer",
+            )
+        },
+        scheduler=FLOW_SHIFT_3,
+        steps=25,
+        guidance=3.0,
+        divisor=32,
+        memory_gib={"transformer": 11.5, "text_encoder": 7.5, "vae": 0.16},
+        licence="Apache-2.0",
+    ),
+)
