@@ -30,7 +30,7 @@ from deployments.render import PromptSpec
 ADAPTER_BYTES = 8 * 2**30
 """Default room for resident adapters on the device: about 50 of rank 16 for FLUX.1 in bfloat16."""
 
-OFFLOADS = ("none", "model", "sequential")
+OFFLOADS = ("none", "model", "group", "sequential")
 
 
 class Observer(Protocol):
@@ -48,8 +48,8 @@ class Observer(Protocol):
 class Engine:
     """One model's pipeline on one device. For one thread only.
 
-    `device` is "cpu" or a CUDA device; `offload` is diffusers' own (none, model, sequential) and does nothing
-    on the CPU; `adapter_bytes` bounds the resident adapters, of which those in use are never dropped.
+    `device` is "cpu" or "cuda"; `offload` is diffusers' own (one of `OFFLOADS`) and does nothing on the CPU;
+    `adapter_bytes` bounds the resident adapters, of which those in use are never dropped.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class Engine:
                 dtype=self._dtype,
                 use_safetensors=True,
                 local_files_only=True,
+                **self._loading,
                 **self.spec.load_options,
                 # It refuses a plain tokenizer in a processor's place; that comes afterwards.
                 **{name: part if isinstance(part, torch.nn.Module) else None for name, part in parts.items()},
@@ -186,14 +187,31 @@ class Engine:
         library, class_name = part.class_name.split(".")
         part_class = getattr(importlib.import_module(library), class_name)
         is_model = issubclass(part_class, torch.nn.Module)
-        options = {"dtype": self._dtype, "use_safetensors": True} if is_model else {}
+        options = {"dtype": self._dtype, "use_safetensors": True, **self._loading} if is_model else {}
         return part_class.from_pretrained(located.directory, local_files_only=True, **options)
 
+    @property
+    def _stays(self) -> bool:
+        """Whether every part lives on the device."""
+        return self._device.type == "cpu" or self._offload == "none"
+
+    @property
+    def _loading(self) -> dict[str, str]:
+        """Where weights are read to: straight to the device, with no copy in host memory before."""
+        return {"device_map": self._device.type} if self._stays else {}
+
     def _place(self, pipeline: Any) -> None:  # noqa: ANN401 - any diffusers pipeline
-        if self._device.type == "cpu" or self._offload == "none":
+        if self._stays:
+            # What is here already stays; an adjusted pipeline may hold more than was loaded.
             pipeline.to(self._device)
         elif self._offload == "model":
             pipeline.enable_model_cpu_offload(device=self._device)
+        elif self._offload == "group":
+            # The next layer comes on a stream of its own while one computes; pinned as it goes, or host
+            # memory would hold every weight twice.
+            pipeline.enable_group_offload(
+                self._device, offload_type="leaf_level", use_stream=True, low_cpu_mem_usage=True
+            )
         else:
             pipeline.enable_sequential_cpu_offload(device=self._device)
 

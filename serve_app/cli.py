@@ -44,6 +44,18 @@ def config(
 
 
 @app.command()
+def models(
+    gpu: Annotated[
+        float | None, typer.Option(min=1, help="Memory of one GPU in GiB: what fits, how.")
+    ] = None,
+) -> None:
+    """List the model ids with their memory, and which OFFLOAD_MODE each needs on a GPU."""
+    from serve_app.models_table import models_table
+
+    typer.echo(models_table(gpu), nl=False)
+
+
+@app.command()
 def render(
     requests: Annotated[list[Path], typer.Argument(help="Bodies of POST /v1/inference, one per file.")],
     out: Annotated[Path, typer.Option(help="Directory of the results, one folder per request.")],

@@ -54,9 +54,9 @@ class Settings(BaseSettings):
     checkpoints: Annotated[Path | None, Field(validation_alias="CHECKPOINTS_PATH")] = None
     model_cache: Annotated[Path | None, Field(validation_alias="MODEL_CACHE_DIR")] = None
     device: Annotated[Literal["auto", "cuda", "cpu"], Field(validation_alias="DEVICE")] = "auto"
-    offload: Annotated[Literal["none", "model", "sequential"], Field(validation_alias="OFFLOAD_MODE")] = (
-        "none"
-    )
+    offload: Annotated[
+        Literal["none", "model", "group", "sequential"], Field(validation_alias="OFFLOAD_MODE")
+    ] = "none"
     inference_timeout_s: Annotated[float, Field(validation_alias="INFERENCE_TIMEOUT", gt=0)] = 3600.0
 
     max_prompts: Annotated[int, Field(ge=1, le=MAX_ITEMS)] = 100

@@ -56,7 +56,8 @@ class ModelSpec:
     negative prompt is passed where the call has one. `call_options` are passed to every call. `adjust` and
     `arguments` name functions of the family's module in `pipelines`: the first changes the loaded pipeline,
     the second adds arguments to its call.
-    `memory_gib` is the size of each part in bfloat16. `licence` is the SPDX name or the licence's own.
+    `memory_gib` is the size of each part in bfloat16, `activations_gib` about what a prompt of the
+    default size needs beside them. `licence` is the SPDX name or the licence's own.
     """
 
     id: str
@@ -79,4 +80,5 @@ class ModelSpec:
     adjust: str | None = None
     arguments: str | None = None
     memory_gib: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    activations_gib: float = 4.0
     licence: str = ""

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from cluster.jobs import FailureCode, JobFailure
 from deployments.catalog import CATALOG
 from deployments.checkpoints import Checkpoints
 from deployments.engine import OFFLOADS, Engine
+from deployments.tiny import TINY_FLUX, materialize
 from tests.parity.cases import MODELS
 from tests.studio import Studio
 
@@ -59,7 +62,7 @@ def test_offload_does_nothing_on_the_cpu(studio: Get, checkpoints: Path, offload
 
 
 def test_an_unknown_offload_is_refused(checkpoints: Path) -> None:
-    with pytest.raises(ValueError, match="none, model, sequential"):
+    with pytest.raises(ValueError, match="none, model, group, sequential"):
         Engine(CATALOG["sd15"], Checkpoints(checkpoints, None), device="cpu", offload="disk")
 
 
@@ -121,3 +124,44 @@ def test_a_chat_template_may_lie_in_the_processor_s_file(
 def test_models_without_control_images_ignore_them(studio: Get) -> None:
     used = studio("flux")
     assert np.array_equal(used.render({}, controls=[Image.new("RGB", (8, 8))]), used.render({}))
+
+
+def test_streamed_layers_give_the_same_picture(new_studio: Get, studio: Get) -> None:
+    """The hooks of adapters and those of group offload get along; the device here is the CPU itself."""
+    streamed = new_studio("flux")
+    streamed.engine._pipeline.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    loras = {streamed.names[0]: 0.7}
+    assert np.array_equal(streamed.render(loras), studio("flux").render(loras))
+
+
+def test_loading_makes_no_second_copy(tmp_path: Path) -> None:
+    """Weights are mapped from their files: 220 MiB of them add little to the process's own memory."""
+    source = tmp_path / "source"
+    shutil.copytree(TINY_FLUX, source)
+    config = source / "text_encoder_2" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "d_ff": 300_000}))
+    target = tmp_path / "checkpoints" / "black-forest-labs--FLUX.1-dev"
+    materialize(source, target)
+    weights = sum(file.stat().st_size for file in target.rglob("*.safetensors"))
+    told = subprocess.run(
+        [sys.executable, "-c", GROWTH, str(target.parent)], capture_output=True, text=True, check=True
+    )
+    assert int(told.stdout) < 0.3 * weights
+
+
+GROWTH = """
+import resource, sys
+from pathlib import Path
+from diffusers import FluxPipeline
+from transformers import CLIPTextModel, T5EncoderModel
+from deployments.catalog import CATALOG
+from deployments.checkpoints import Checkpoints
+from deployments.engine import Engine
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+before = peak()
+Engine(CATALOG["flux"], Checkpoints(Path(sys.argv[1]), None), device="cpu").load()
+print(peak() - before)
+"""

@@ -1,0 +1,97 @@
+"""Writes a page per model id from the catalogue and the notes of its family: `python docs/models/generate.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from deployments.catalog import CATALOG, Checkpoint, ModelSpec
+from deployments.memory import needed_gib
+
+FOLDER = Path(__file__).parent
+
+
+def render_pages() -> dict[str, str]:
+    """Return every generated page, by file name."""
+    pages = {f"{spec.id}.md": _page(spec) for spec in CATALOG.values()}
+    return pages | {"README.md": _index()}
+
+
+def _index() -> str:
+    rows = [
+        f"| [`{spec.id}`]({spec.id}.md) | {spec.title} | {_repositories(spec)} | {_controls(spec)} |"
+        for spec in CATALOG.values()
+    ]
+    head = ["# Models", "", "| id | model | checkpoint | control images |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows]) + "\n"
+
+
+def _page(spec: ModelSpec) -> str:
+    notes = (FOLDER / "notes" / f"{spec.family}.md").read_text().strip()
+    sections = [
+        f"# {spec.title}: `{spec.id}`",
+        _facts(spec),
+        "## Defaults\n\n" + _defaults(spec),
+        "## A request\n\n```json\n" + json.dumps(_example(spec), indent=2) + "\n```",
+        "## Memory\n\n" + _memory(spec),
+        notes,
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _facts(spec: ModelSpec) -> str:
+    gated = any(checkpoint.gated for checkpoint in _checkpoints(spec))
+    access = "gated: accept its terms on the hub and set `HF_TOKEN`" if gated else "open"
+    return f"Checkpoint: {_repositories(spec)} ({access}). Licence: {spec.licence}."
+
+
+def _defaults(spec: ModelSpec) -> str:
+    rows = {
+        "`width` x `height`": f"{spec.width} x {spec.height}, floored to a multiple of {spec.divisor}",
+        "`sample_steps`": spec.steps,
+        "`guidance_scale`": spec.guidance,
+        "`neg`": "used" if spec.negative_prompt else "taken and ignored",
+        "control images": _controls(spec),
+    }
+    return "| field | value |\n|---|---|\n" + "\n".join(
+        f"| {name} | {value} |" for name, value in rows.items()
+    )
+
+
+def _memory(spec: ModelSpec) -> str:
+    parts = ", ".join(f"{name} {gib:g}" for name, gib in spec.memory_gib.items())
+    modes = ", ".join(f"`{mode}` {gib:.0f}" for mode, gib in needed_gib(spec).items())
+    return (
+        f"GiB of parts in bfloat16: {parts}.\nGPU memory in GiB by `OFFLOAD_MODE`, estimated: {modes}.\n"
+        "`lora-serve models --gpu GIB` says what fits."
+    )
+
+
+def _example(spec: ModelSpec) -> dict[str, object]:
+    prompt: dict[str, object] = {"prompt": "a red fox in the snow", "seed": 42}
+    if spec.control_images.least:
+        prompt["ctrl_img"] = "https://example.org/fox.png"
+    return {"model": spec.id, "loras": [{"path": "my_style.safetensors"}], "prompts": [prompt]}
+
+
+def _controls(spec: ModelSpec) -> str:
+    least, most = spec.control_images.least, spec.control_images.most
+    if not most:
+        return "ignored"
+    if least == most:
+        return f"{most}, required"
+    return f"{least} to {most}" if least else f"up to {most}"
+
+
+def _checkpoints(spec: ModelSpec) -> list[Checkpoint]:
+    return [spec.checkpoint, *(part.checkpoint for part in spec.parts.values())]
+
+
+def _repositories(spec: ModelSpec) -> str:
+    repos = dict.fromkeys(checkpoint.repo for checkpoint in _checkpoints(spec))
+    return ", ".join(f"[{repo}](https://huggingface.co/{repo})" for repo in repos)
+
+
+if __name__ == "__main__":
+    for name, text in render_pages().items():
+        (FOLDER / name).write_text(text)

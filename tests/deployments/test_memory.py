@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+
+from deployments.catalog import CATALOG
+from deployments.memory import fastest_offload, needed_gib
+
+
+@pytest.mark.parametrize("model", CATALOG)
+def test_every_model_says_what_it_needs(model: str) -> None:
+    spec = CATALOG[model]
+    assert {"vae"} < set(spec.memory_gib)
+    needed = list(needed_gib(spec).values())
+    assert needed[0] > needed[1] > 0
+    assert needed[2] == needed[3]
+
+
+@pytest.mark.parametrize(
+    ("model", "gib", "mode"),
+    [
+        ("flux", 80, "none"),
+        ("flux", 24, "group"),
+        ("flux2", 141, "none"),
+        ("flux2", 80, "model"),
+        ("flux2", 40, "group"),
+        ("qwen_image", 48, "model"),
+        ("flux2", 4, None),
+    ],
+)
+def test_the_fastest_mode_that_fits(model: str, gib: float, mode: str | None) -> None:
+    assert fastest_offload(CATALOG[model], gib) == mode
