@@ -45,9 +45,7 @@ def config(
 
 @app.command()
 def models(
-    gpu: Annotated[
-        float | None, typer.Option(min=1, help="Memory of one GPU in GiB: what fits, how.")
-    ] = None,
+    gpu: Annotated[float | None, typer.Option(min=1, help="Memory of one GPU in GiB.")] = None,
 ) -> None:
     """List the model ids with their memory, and which OFFLOAD_MODE each needs on a GPU."""
     from serve_app.models_table import models_table

@@ -1,4 +1,4 @@
-"""Writes a page per model id from the catalogue and the notes of its family: `python docs/models/generate.py`."""
+"""Writes the pages of the models, from catalogue and notes: `python docs/models/generate.py`."""
 
 from __future__ import annotations
 
@@ -53,9 +53,8 @@ def _defaults(spec: ModelSpec) -> str:
         "`neg`": "used" if spec.negative_prompt else "taken and ignored",
         "control images": _controls(spec),
     }
-    return "| field | value |\n|---|---|\n" + "\n".join(
-        f"| {name} | {value} |" for name, value in rows.items()
-    )
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join(["| field | value |", "|---|---|", *lines])
 
 
 def _memory(spec: ModelSpec) -> str:
