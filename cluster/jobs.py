@@ -116,20 +116,14 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """One row of the job table. Times are seconds since the epoch on the database's clock."""
+class JobSummary:
+    """How a job is doing. Times are seconds since the epoch on the database's clock."""
 
     id: str
     seq: int
     model: str
-    spec: Mapping[str, Any]
-    adapter: str
-    tenant: str
-    fingerprint: str | None
     state: JobState
-    epoch: int
     attempts: int
-    owner: str | None
     created_at: float
     started_at: float | None
     finished_at: float | None
@@ -137,6 +131,18 @@ class Job:
     progress: Progress | None
     error: str | None
     error_code: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job(JobSummary):
+    """One row of the job table, with what it renders and what came of it."""
+
+    spec: Mapping[str, Any]
+    adapter: str
+    tenant: str
+    fingerprint: str | None
+    epoch: int
+    owner: str | None
     result: Mapping[str, Any] | None
 
 

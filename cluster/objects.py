@@ -8,7 +8,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -112,10 +112,11 @@ class DirectoryStore:
     def delete(self, prefix: str) -> None:  # noqa: D102
         path = self._path(prefix)
         try:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            while path.is_dir():
+                # Where another process removes the same, what it left is removed in another round.
+                with suppress(FileNotFoundError):
+                    shutil.rmtree(path)
+            path.unlink(missing_ok=True)
         except OSError as error:
             raise StoreError(f"{prefix} cannot be removed: {error.strerror}") from error
 

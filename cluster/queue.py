@@ -11,7 +11,18 @@ from sqlalchemy import ColumnElement, Connection, and_, delete, exists, select, 
 from cluster import claims, janitor, reports
 from cluster.database import Watch, open_database
 from cluster.group_commit import GroupCommit
-from cluster.jobs import Claim, Depth, Job, JobEvent, JobState, Lease, LeaseLost, NewJob, Progress
+from cluster.jobs import (
+    Claim,
+    Depth,
+    Job,
+    JobEvent,
+    JobState,
+    JobSummary,
+    Lease,
+    LeaseLost,
+    NewJob,
+    Progress,
+)
 from cluster.migrations import upgrade
 from cluster.schema import job_events, job_outputs, jobs, now, workers
 from cluster.telemetry import redact
@@ -119,7 +130,7 @@ class JobQueue:
         model: str | None = None,
         limit: int = 50,
         before: int | None = None,
-    ) -> Sequence[Job]:
+    ) -> Sequence[JobSummary]:
         """Return at most `limit` jobs of the tenant, newest first, with a `seq` below `before`."""
         with self._database.read() as connection:
             return reports.page(connection, tenant, state=state, model=model, limit=limit, before=before)

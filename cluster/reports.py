@@ -7,9 +7,9 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, func, select, union_all
 
-from cluster.jobs import Depth, Job, JobState
+from cluster.jobs import Depth, Job, JobState, JobSummary
 from cluster.schema import jobs, now, workers
-from cluster.transitions import job_of
+from cluster.transitions import SUMMARY, summary_of
 
 LIVE = [state for state in JobState if not state.terminal]
 """The states of jobs that are not at their end."""
@@ -55,12 +55,12 @@ def page(
     model: str | None,
     limit: int,
     before: int | None,
-) -> Sequence[Job]:
+) -> Sequence[JobSummary]:
     """Return at most `limit` jobs of the tenant, newest first, all with a `seq` below `before`.
 
     Each state is a walk of its own along the index, which has the state before the order.
     """
-    wanted = select(jobs).where(jobs.c.tenant == tenant)
+    wanted = select(*SUMMARY).where(jobs.c.tenant == tenant)
     if model is not None:
         wanted = wanted.where(jobs.c.model == model)
     if before is not None:
@@ -71,4 +71,4 @@ def page(
     ]
     together = union_all(*(select(walk) for walk in walks))
     newest = together.order_by(together.selected_columns.seq.desc()).limit(limit)
-    return [job_of(row) for row in connection.execute(newest).mappings()]
+    return [summary_of(row) for row in connection.execute(newest).mappings()]

@@ -124,7 +124,8 @@ class S3Store:
     def __init__(self, url: str) -> None:
         """Make the client; nothing is asked of the store yet. Raises `ValueError` as `S3Url.parse` does."""
         self._place = S3Url.parse(url)
-        self._client = _client(self._place)
+        with _faults("the S3 client cannot be set up"):
+            self._client = new_client(self._place.addressing)
 
     def put(self, key: str, data: bytes, content_type: str) -> None:  # noqa: D102
         self._upload(key, io.BytesIO(data), content_type)
@@ -188,7 +189,11 @@ class S3Store:
         return f"{self._place.prefix}{key}"
 
 
-def _client(place: S3Url) -> Any:  # noqa: ANN401 - botocore makes the class when it runs
+def new_client(addressing: str | None = None) -> Any:  # noqa: ANN401 - botocore makes the class when it runs
+    """Return a client of S3 with our time-outs and attempts, for any number of threads.
+
+    `addressing` is `path`, `virtual`, or what suits the endpoint. Raises `BotoCoreError`.
+    """
     own_endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     config = Config(
         # Without it some regions get URLs of the old kind, which encrypted objects refuse.
@@ -200,12 +205,11 @@ def _client(place: S3Url) -> Any:  # noqa: ANN401 - botocore makes the class whe
         response_checksum_validation="when_required",
         # Left to itself, botocore signs URLs for AWS's global host, which redirects those of other regions to
         # a host that they are not signed for.
-        s3={"addressing_style": place.addressing or ("path" if own_endpoint else "virtual")},
+        s3={"addressing_style": addressing or ("path" if own_endpoint else "virtual")},
     )
     # A session of its own: boto3's default one is not safe to share between threads. It reads
     # AWS_DEFAULT_REGION by itself, but not the name that the other SDKs and AWS's containers use.
-    with _faults("the S3 client cannot be set up"):
-        return Session(region_name=os.environ.get("AWS_REGION") or None).client("s3", config=config)
+    return Session(region_name=os.environ.get("AWS_REGION") or None).client("s3", config=config)
 
 
 @contextmanager

@@ -20,22 +20,32 @@ from sqlalchemy import (
     update,
 )
 
-from cluster.jobs import Claim, Job, JobState, Phase, Progress
+from cluster.jobs import Claim, Job, JobState, JobSummary, Phase, Progress
 from cluster.postgres import CHANNEL
 from cluster.schema import job_events, jobs, now
 
 _TERMINAL = [state for state in JobState if state.terminal]
 
-_COLUMNS = [field.name for field in fields(Job)]
+SUMMARY = [jobs.c[field.name] for field in fields(JobSummary)]
+"""The columns of a `JobSummary`: a spec may have megabytes."""
 
 
 def job_of(row: RowMapping) -> Job:
     """Return the job that a row of the table describes."""
-    values: dict[str, Any] = {name: row[name] for name in _COLUMNS}
+    return Job(**_values(row, Job))
+
+
+def summary_of(row: RowMapping) -> JobSummary:
+    """Return the summary that the `SUMMARY` columns of a row describe."""
+    return JobSummary(**_values(row, JobSummary))
+
+
+def _values(row: RowMapping, kind: type[JobSummary]) -> dict[str, Any]:
+    values: dict[str, Any] = {field.name: row[field.name] for field in fields(kind)}
     values["state"] = JobState(row["state"])
     if row["progress"] is not None:
         values["progress"] = Progress(**row["progress"] | {"phase": Phase(row["progress"]["phase"])})
-    return Job(**values)
+    return values
 
 
 def held_by(claim: Claim) -> ColumnElement[bool]:

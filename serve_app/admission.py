@@ -35,11 +35,14 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://")
 _NAMED_FIELDS = 20
 
 
-def admit(request: InferenceRequest, settings: Settings, store: ObjectStore) -> RenderSpec:
+def admit(
+    request: InferenceRequest, settings: Settings, store: ObjectStore, *, kept: bool = True
+) -> RenderSpec:
     """Check everything that the request itself shows, then put its control images into `store`.
 
     The rules come in the reference server's order and the first one broken answers; our own bounds follow.
-    Nothing is stored unless all hold. Raises `Refusal`.
+    Nothing is stored unless all hold. A request that is to be `kept` may hold secrets only where they can be
+    encrypted. Raises `Refusal`.
     """
     model = CATALOG.get(request.model)
     if model is None:
@@ -47,7 +50,8 @@ def admit(request: InferenceRequest, settings: Settings, store: ObjectStore) -> 
     references = _check_loras(request, settings)
     _check_control_images_are_there(request, model)
     _check_bounds(request, model, settings)
-    _check_secrets(request, model, references)
+    if kept:
+        _check_secrets(request, model, references)
     controls = [
         _decode_controls(prompt, index, model, settings) for index, prompt in enumerate(request.prompts)
     ]

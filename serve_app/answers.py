@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel
 
-from cluster.jobs import Job, JobState, Phase
+from cluster.jobs import Job, JobState, JobSummary, Phase
 from cluster.objects import ObjectStore
 from deployments.catalog import ModelSpec
 from deployments.render import ImageFormat
@@ -67,7 +67,7 @@ class StatusAnswer(BaseModel):
     cancel_requested: bool
 
     @classmethod
-    def of(cls, job: Job, ahead: int | None) -> Self:
+    def of(cls, job: JobSummary, ahead: int | None) -> Self:
         """Describe `job`; `ahead` is null unless it is queued."""
         progress = job.progress
         return cls(
@@ -91,7 +91,7 @@ class ListedAnswer(StatusAnswer):
     model: str
 
     @classmethod
-    def listed(cls, job: Job) -> Self:
+    def listed(cls, job: JobSummary) -> Self:
         """Describe `job`."""
         return cls(model=job.model, **StatusAnswer.of(job, None).model_dump())
 

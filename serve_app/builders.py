@@ -97,8 +97,10 @@ def _refuse_several_nodes(settings: Settings) -> None:
     if not ray.is_initialized() or sum(node["Alive"] for node in ray.nodes()) < 2:
         return
     if urlsplit(jobs_url(settings.jobs)).scheme.startswith("sqlite"):
-        raise RuntimeError("SQLite serves one node only: set JOBS_URL to a PostgreSQL database")
+        raise RuntimeError(
+            "SQLite serves one node only: on several, set JOBS_URL to postgresql://USER:PASSWORD@HOST/DATABASE"
+        )
     if not settings.outputs.startswith("s3://"):
         raise RuntimeError(
-            "a local output directory serves one node only: set OUTPUT_BASE_PATH to s3://BUCKET"
+            "a local output directory serves one node only: on several, set OUTPUT_BASE_PATH to s3://BUCKET/PREFIX"
         )

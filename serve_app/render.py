@@ -77,7 +77,7 @@ def _render_file(
 ) -> dict[str, Any]:
     try:
         request = InferenceRequest.model_validate_json(file.read_bytes())
-        spec = admit(request, settings, store)
+        spec = admit(request, settings, store, kept=False)
         engine = _engine(spec.model, settings, engines)
         report = Report()
         loras, controls = open_sources(settings, store)

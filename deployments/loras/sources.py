@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 from urllib.parse import quote
 
-import boto3
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from huggingface_hub import constants, get_token
 
 from cluster.jobs import FailureCode, JobFailure
 from cluster.net import Fetched, Fetcher, fault_of
 from cluster.pace import FetchError, FetchFault, copy, too_large
+from cluster.s3 import new_client
 from cluster.urls import Url, parse_url
 from deployments.loras.dialects import dialect_of
 from deployments.loras.header import read_header
@@ -186,8 +185,7 @@ class Loras:
 
     @cached_property
     def _s3(self) -> Any:  # noqa: ANN401 - boto3 makes its clients' types when they are made
-        limits = Config(connect_timeout=10, read_timeout=30, retries={"mode": "standard"})
-        return boto3.Session().client("s3", config=limits)
+        return new_client()
 
 
 def _verify(sha256: str, expected: str | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import resource
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,16 @@ def test_delete_takes_what_lies_below_and_no_more(any_store: ObjectStore) -> Non
     assert [key for key in keys if any_store.exists(key)] == ["job/2/0.png", "job2/1/0.png"]
     any_store.delete("job")
     assert [key for key in keys if any_store.exists(key)] == ["job2/1/0.png"]
+
+
+def test_those_who_delete_the_same_do_not_disturb_one_another(store: DirectoryStore, root: Path) -> None:
+    for index in range(400):
+        folder = root / "job" / f"{index % 4}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{index}").touch()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(store.delete, ["job"] * 4))
+    assert not (root / "job").exists()
 
 
 def test_a_write_that_fails_leaves_nothing_behind(store: DirectoryStore, root: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -153,6 +154,15 @@ def test_the_last_full_page_has_no_next(fresh: Service) -> None:
         fresh.submit()
     assert page(fresh, limit=2)["next_cursor"] is None
     assert page(fresh, limit=1)["next_cursor"] is not None
+
+
+def test_it_reads_no_specs(fresh: Service) -> None:
+    job_id = fresh.submit()
+    connection = sqlite3.connect(fresh.settings.jobs.removeprefix("sqlite:///"))
+    with connection:
+        connection.execute("UPDATE jobs SET spec = 'no JSON'")
+    connection.close()
+    assert ids_of(page(fresh)) == [job_id]
 
 
 def test_anothers_cursor_shows_only_ones_own(listed: tuple[Service, dict[str, str]]) -> None:
