@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
-from deployments.catalog.spec import Checkpoint, ModelSpec, Part
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Part
 
 LLAMA = Checkpoint(repo="unsloth/Meta-Llama-3.1-8B-Instruct")
-"""HiDream's fourth text encoder."""
+
+LLAMA_PARTS: Mapping[str, Part] = MappingProxyType(
+    {
+        "text_encoder_4": Part(class_name="transformers.LlamaForCausalLM", checkpoint=LLAMA),
+        "tokenizer_4": Part(class_name="transformers.PreTrainedTokenizerFast", checkpoint=LLAMA),
+    }
+)
+"""The fourth text encoder."""
+
+HIDREAM_GIB: Mapping[str, float] = MappingProxyType(
+    {
+        "transformer": 31.9,
+        "text_encoder_4": 15.0,
+        "text_encoder_3": 8.9,
+        "text_encoder_2": 1.3,
+        "text_encoder": 0.2,
+        "vae": 0.2,
+    }
+)
 
 ROWS = (
     ModelSpec(
@@ -14,23 +35,30 @@ ROWS = (
         title="HiDream-I1 Full",
         pipeline="HiDreamImagePipeline",
         checkpoint=Checkpoint(repo="HiDream-ai/HiDream-I1-Full"),
-        parts={
-            "text_encoder_4": Part(class_name="transformers.LlamaForCausalLM", checkpoint=LLAMA),
-            "tokenizer_4": Part(class_name="transformers.PreTrainedTokenizerFast", checkpoint=LLAMA),
-        },
+        parts=LLAMA_PARTS,
         adjust="complete",
         call_options={"max_sequence_length": 128},
         steps=50,
         guidance=5.0,
         divisor=16,
-        memory_gib={
-            "transformer": 31.9,
-            "text_encoder_4": 15.0,
-            "text_encoder_3": 8.9,
-            "text_encoder_2": 1.3,
-            "text_encoder": 0.2,
-            "vae": 0.2,
-        },
+        memory_gib=HIDREAM_GIB,
+        licence="MIT",
+    ),
+    ModelSpec(
+        id="hidream_e1",
+        family="hidream",
+        title="HiDream-E1 Full",
+        pipeline="deployments.pipelines.hidream_e1.HiDreamEditPipeline",
+        checkpoint=Checkpoint(repo="HiDream-ai/HiDream-E1-Full"),
+        parts=LLAMA_PARTS,
+        adjust="complete_edit",
+        arguments="edit_arguments",
+        call_options={"max_sequence_length": 128, "image_guidance_scale": 4.0},
+        control_images=ControlImages(least=1, most=1),
+        steps=28,
+        guidance=5.0,
+        divisor=16,
+        memory_gib=HIDREAM_GIB,
         licence="MIT",
     ),
 )

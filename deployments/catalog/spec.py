@@ -50,7 +50,8 @@ class ControlImages:
 class ModelSpec:
     """One model id.
 
-    `pipeline` and the scheduler's class are diffusers class names; `scheduler` replaces the repository's own.
+    `pipeline` and the scheduler's class are diffusers class names, `pipeline` one of ours with its module in
+    front; `scheduler` replaces the repository's own.
     `parts` are components from other repositories. Defaults are the reference server's: sizes in pixels,
     floored to `divisor` in requests. `guidance_argument` is what the pipeline's call names guidance; the
     negative prompt is passed where the call has one. `call_options` are passed to every call. `adjust` and
