@@ -61,4 +61,18 @@ ROWS = (
         memory_gib=HIDREAM_GIB,
         licence="MIT",
     ),
+    ModelSpec(
+        id="hidream_o1",
+        family="hidream",
+        title="HiDream-O1-Image",
+        pipeline="deployments.pipelines.hidream_o1.HiDreamO1Pipeline",
+        checkpoint=Checkpoint(repo="HiDream-ai/HiDream-O1-Image", indexed=False),
+        steps=50,
+        guidance=5.0,
+        width=2048,
+        height=2048,
+        divisor=32,
+        memory_gib={"transformer": 14.2},
+        licence="MIT",
+    ),
 )

@@ -10,12 +10,16 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A repository in diffusers layout; `variant` names the file variant that the reference loads."""
+    """A repository in diffusers layout, or without an index: one model at its top.
+
+    `variant` names the file variant that the reference loads.
+    """
 
     repo: str
     revision: str = "main"
     variant: str | None = None
     gated: bool = False
+    indexed: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The LoRA configuration that diffusers and peft write into a file's metadata: it has the alphas.
+"""The LoRA configuration that diffusers and peft write into or beside a file: it has the alphas.
 
 A file with `.alpha` tensors has none, and most files of trainers have neither: alpha is then the rank.
 Imports no torch.
@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deployments.loras.header import unsupported
-
-_KEY = "lora_adapter_metadata"
+from deployments.loras.header import shorten, unsupported
+from deployments.loras.peft_folder import METADATA
 
 _COMPONENTS = ("transformer", "unet", "text_encoder", "text_encoder_2")
 
@@ -40,12 +39,13 @@ class Scales:
 def stated_scales(metadata: Mapping[str, str]) -> Scales:
     """Read a file's metadata.
 
-    Raises `JobFailure` (LORA_FORMAT_NOT_SUPPORTED) for a configuration that cannot be read, or of a DoRA.
+    Raises `JobFailure` (LORA_FORMAT_NOT_SUPPORTED) for a configuration that cannot be read, or of
+    anything but a LoRA.
     """
-    if _KEY not in metadata:
+    if METADATA not in metadata:
         return Scales({})
     try:
-        entries = json.loads(metadata[_KEY])
+        entries = json.loads(metadata[METADATA])
     except (ValueError, RecursionError) as error:
         raise unsupported("has a LoRA configuration in its metadata that is no JSON") from error
     if not isinstance(entries, dict):
@@ -57,6 +57,9 @@ def stated_scales(metadata: Mapping[str, str]) -> Scales:
         configs.setdefault(component, {})[key] = value
     if any(config.get("use_dora") for config in configs.values()):
         raise unsupported("is a DoRA, which is not supported")
+    kinds = {str(config.get("peft_type") or "LORA") for config in configs.values()}
+    if other := sorted(kinds - {"LORA"}):
+        raise unsupported(f"is a {shorten(other[0])} of peft's, which is not supported")
     return Scales(configs)
 
 

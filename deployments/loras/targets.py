@@ -83,8 +83,8 @@ def _aliases(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
     paths = list(paths)
     for path in paths:
         # Transformers 5 dropped a level of CLIP's text model that files still name; attention processors of
-        # older diffusers had no index in `to_out`.
-        for name in (path, f"text_model.{path}", path.removesuffix(".0")):
+        # older diffusers had no index in `to_out`; the trainer leaves out the top level of HiDream-O1.
+        for name in (path, f"text_model.{path}", path.removesuffix(".0"), path.removeprefix("model.")):
             add(name, (path,))
     for original, path in unet_names(paths):
         add(original, (path,))

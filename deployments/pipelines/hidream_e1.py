@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import HiDreamImagePipeline
+from diffusers.pipelines.hidream_image.pipeline_hidream_image import HiDreamImagePipeline
 from diffusers.pipelines.hidream_image.pipeline_output import HiDreamImagePipelineOutput
 from PIL import Image
 from torch import Tensor

@@ -83,9 +83,12 @@ def _case(model: str, entry: dict[str, Any]) -> Case:
 
 def write_mirror(target: Path) -> None:
     """Write the tiny checkpoint of every repository as an `org--name` folder below `target`."""
+    from deployments.pipelines.hidream_o1 import PixelTransformer
     from deployments.tiny import materialize
 
+    # Its config is a plain Qwen3-VL's.
+    classes = {"HiDream-ai/HiDream-O1-Image": PixelTransformer}
     for file in sorted(FOLDER.glob("*/repos.json")):
         for repo, folders in json.loads(file.read_text()).items():
             for folder in [folders] if isinstance(folders, str) else folders:
-                materialize(file.parent / folder, target / repo.replace("/", "--"))
+                materialize(file.parent / folder, target / repo.replace("/", "--"), classes.get(repo))

@@ -85,6 +85,7 @@ def test_flux_has_no_negative_prompt_and_embeds_guidance(studio: Get, model: str
             "krea2",
             "krea2_turbo",
             "hidream_e1",
+            "hidream_o1",
         ]
     ),
 )
