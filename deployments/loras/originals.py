@@ -95,6 +95,29 @@ ORIGINAL_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
             ("adaLN_modulation.1", ("norm1.linear",)),
         )
     ),
+    # Wan
+    *(
+        (f"blocks.{{}}.{original}.{name}", (f"blocks.{{}}.{ours}.{path}",))
+        for original, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for name, path in (
+            ("q", "to_q"),
+            ("k", "to_k"),
+            ("v", "to_v"),
+            ("o", "to_out.0"),
+            ("k_img", "add_k_proj"),
+            ("v_img", "add_v_proj"),
+        )
+    ),
+    ("blocks.{}.ffn.0", ("blocks.{}.ffn.net.0.proj",)),
+    ("blocks.{}.ffn.2", ("blocks.{}.ffn.net.2",)),
+    ("time_embedding.0", ("condition_embedder.time_embedder.linear_1",)),
+    ("time_embedding.2", ("condition_embedder.time_embedder.linear_2",)),
+    ("time_projection.1", ("condition_embedder.time_proj",)),
+    ("text_embedding.0", ("condition_embedder.text_embedder.linear_1",)),
+    ("text_embedding.2", ("condition_embedder.text_embedder.linear_2",)),
+    ("img_emb.proj.1", ("condition_embedder.image_embedder.ff.net.0.proj",)),
+    ("img_emb.proj.3", ("condition_embedder.image_embedder.ff.net.2",)),
+    ("head.head", ("proj_out",)),
     # Stable Diffusion, outside of its blocks
     ("input_blocks.0.0", ("conv_in",)),
     ("out.2", ("conv_out",)),

@@ -67,8 +67,8 @@ def _alpha(config: Mapping[str, Any], path: str) -> float | None:
     """Return the alpha of the module at `path`: of the pattern that names it, else of all."""
     patterns = config.get("alpha_pattern")
     named = patterns.items() if isinstance(patterns, dict) else ()
-    found = next(
-        (alpha for name, alpha in named if f".{path}".endswith(f".{name}")), config.get("lora_alpha")
-    )
-    sound = isinstance(found, int | float) and math.isfinite(found)
-    return float(found) if sound else None
+    matching = (alpha for name, alpha in named if f".{path}".endswith(f".{name}"))
+    match next(matching, config.get("lora_alpha")):
+        case int() | float() as alpha if math.isfinite(alpha):
+            return float(alpha)
+    return None
