@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Part
+from deployments.catalog.choices import first
+from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Part, Preview
 
 LLAMA = Checkpoint(repo="unsloth/Meta-Llama-3.1-8B-Instruct")
 
@@ -43,6 +44,11 @@ ROWS = (
         divisor=16,
         memory_gib=HIDREAM_GIB,
         licence="MIT",
+        preview=Preview(
+            differs="Sizes are multiples of 8 before they are scaled to one megapixel; in bfloat16, Llama's"
+            " rotary frequencies are rounded.",
+            fields={"divisor": 8, "during": "rounded_frequencies"},
+        ),
     ),
     ModelSpec(
         id="hidream_e1",
@@ -60,6 +66,16 @@ ROWS = (
         divisor=16,
         memory_gib=HIDREAM_GIB,
         licence="MIT",
+        preview=Preview(
+            differs="Image guidance is 2; the control image is resized to multiples of 8, then of 16; in"
+            " bfloat16, Llama's rotary frequencies are rounded.",
+            fields={
+                "divisor": 8,
+                "call_options": {"max_sequence_length": 128, "image_guidance_scale": 2.0},
+                "control_images": ControlImages(least=1, most=1, choose=first),
+                "during": "rounded_frequencies",
+            },
+        ),
     ),
     ModelSpec(
         id="hidream_o1",

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from deployments.loras.deltas import Layer
 from deployments.loras.targets import Shape
@@ -26,7 +27,7 @@ from deployments.loras.targets import Shape
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model's class, as `library.Class`, and its configuration."""
+    """A model's class, by its dotted name, and its configuration."""
 
     class_name: str
     config: Mapping[str, Any]
@@ -133,7 +134,7 @@ ARCHITECTURES: Mapping[tuple[str, ...], Mapping[str, Model]] = {
     ): {"transformer": _transformer("QwenImage")},
     ("lumina2",): {"transformer": _transformer("Lumina2", cap_feat_dim=2304)},
     ("krea2", "krea2_turbo"): {"transformer": _transformer("Krea2")},
-    ("hidream",): {
+    ("hidream", "hidream_e1"): {
         "transformer": _transformer(
             "HiDreamImage",
             patch_size=2,
@@ -143,16 +144,31 @@ ARCHITECTURES: Mapping[tuple[str, ...], Mapping[str, Model]] = {
             llama_layers=[*range(32), *[31] * 16],
         )
     },
+    ("hidream_o1",): {
+        "transformer": Model(
+            "deployments.pipelines.hidream_o1.PixelTransformer",
+            {
+                "text_config": {
+                    "hidden_size": 4096,
+                    "intermediate_size": 12288,
+                    "num_hidden_layers": 36,
+                    "num_attention_heads": 32,
+                    "num_key_value_heads": 8,
+                    "head_dim": 128,
+                }
+            },
+        )
+    },
 }
 """The parts that LoRA files change, for the model ids that share them."""
 
 
 def shapes_of(model: Model) -> dict[str, Shape]:
     """Build a model on no device; return the shapes of its linear and convolution layers' weights by path."""
-    library, class_name = model.class_name.split(".")
-    model_class = getattr(importlib.import_module(library), class_name)
+    module, _, class_name = model.class_name.rpartition(".")
+    model_class = getattr(importlib.import_module(module), class_name)
     with torch.device("meta"):
-        if library == "transformers":
+        if issubclass(model_class, PreTrainedModel):
             built = model_class(model_class.config_class(**model.config))
         else:
             built = model_class(**model.config)
