@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
-from deployments.catalog.spec import Checkpoint, ModelSpec, Part, Preview
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from deployments.catalog.choices import first
+from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Part, Preview
 
 LLAMA = Checkpoint(repo="unsloth/Meta-Llama-3.1-8B-Instruct")
-"""HiDream's fourth text encoder."""
+
+LLAMA_PARTS: Mapping[str, Part] = MappingProxyType(
+    {
+        "text_encoder_4": Part(class_name="transformers.LlamaForCausalLM", checkpoint=LLAMA),
+        "tokenizer_4": Part(class_name="transformers.PreTrainedTokenizerFast", checkpoint=LLAMA),
+    }
+)
+"""The fourth text encoder."""
+
+HIDREAM_GIB: Mapping[str, float] = MappingProxyType(
+    {
+        "transformer": 31.9,
+        "text_encoder_4": 15.0,
+        "text_encoder_3": 8.9,
+        "text_encoder_2": 1.3,
+        "text_encoder": 0.2,
+        "vae": 0.2,
+    }
+)
 
 ROWS = (
     ModelSpec(
@@ -14,28 +36,59 @@ ROWS = (
         title="HiDream-I1 Full",
         pipeline="HiDreamImagePipeline",
         checkpoint=Checkpoint(repo="HiDream-ai/HiDream-I1-Full"),
-        parts={
-            "text_encoder_4": Part(class_name="transformers.LlamaForCausalLM", checkpoint=LLAMA),
-            "tokenizer_4": Part(class_name="transformers.PreTrainedTokenizerFast", checkpoint=LLAMA),
-        },
+        parts=LLAMA_PARTS,
         adjust="complete",
         call_options={"max_sequence_length": 128},
         steps=50,
         guidance=5.0,
         divisor=16,
-        memory_gib={
-            "transformer": 31.9,
-            "text_encoder_4": 15.0,
-            "text_encoder_3": 8.9,
-            "text_encoder_2": 1.3,
-            "text_encoder": 0.2,
-            "vae": 0.2,
-        },
+        memory_gib=HIDREAM_GIB,
         licence="MIT",
         preview=Preview(
             differs="Sizes are multiples of 8 before they are scaled to one megapixel; in bfloat16, Llama's"
             " rotary frequencies are rounded.",
             fields={"divisor": 8, "during": "rounded_frequencies"},
         ),
+    ),
+    ModelSpec(
+        id="hidream_e1",
+        family="hidream",
+        title="HiDream-E1 Full",
+        pipeline="deployments.pipelines.hidream_e1.HiDreamEditPipeline",
+        checkpoint=Checkpoint(repo="HiDream-ai/HiDream-E1-Full"),
+        parts=LLAMA_PARTS,
+        adjust="complete_edit",
+        arguments="edit_arguments",
+        call_options={"max_sequence_length": 128, "image_guidance_scale": 4.0},
+        control_images=ControlImages(least=1, most=1),
+        steps=28,
+        guidance=5.0,
+        divisor=16,
+        memory_gib=HIDREAM_GIB,
+        licence="MIT",
+        preview=Preview(
+            differs="Image guidance is 2; the control image is resized to multiples of 8, then of 16; in"
+            " bfloat16, Llama's rotary frequencies are rounded.",
+            fields={
+                "divisor": 8,
+                "call_options": {"max_sequence_length": 128, "image_guidance_scale": 2.0},
+                "control_images": ControlImages(least=1, most=1, choose=first),
+                "during": "rounded_frequencies",
+            },
+        ),
+    ),
+    ModelSpec(
+        id="hidream_o1",
+        family="hidream",
+        title="HiDream-O1-Image",
+        pipeline="deployments.pipelines.hidream_o1.HiDreamO1Pipeline",
+        checkpoint=Checkpoint(repo="HiDream-ai/HiDream-O1-Image", indexed=False),
+        steps=50,
+        guidance=5.0,
+        width=2048,
+        height=2048,
+        divisor=32,
+        memory_gib={"transformer": 14.2},
+        licence="MIT",
     ),
 )

@@ -13,12 +13,16 @@ from deployments.render import Sampling
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A repository in diffusers layout; `variant` names the file variant that the reference loads."""
+    """A repository in diffusers layout, or without an index: one model at its top.
+
+    `variant` names the file variant that the reference loads.
+    """
 
     repo: str
     revision: str = "main"
     variant: str | None = None
     gated: bool = False
+    indexed: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +69,8 @@ class Preview:
 class ModelSpec:
     """One model id.
 
-    `pipeline` and the scheduler's class are diffusers class names; `scheduler` replaces the repository's own.
+    `pipeline` and the scheduler's class are diffusers class names, `pipeline` one of ours with its module in
+    front; `scheduler` replaces the repository's own.
     `parts` are components from other repositories. Defaults are the reference server's: sizes in pixels,
     floored to `divisor` in requests. `guidance_argument` is what the pipeline's call names guidance; the
     negative prompt is passed where the call has one. `call_options` are passed to every call. `adjust`,

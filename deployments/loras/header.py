@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from cluster.jobs import FailureCode, JobFailure
+from deployments.loras.peft_folder import METADATA, config_beside
 
 MAX_HEADER_BYTES = 10_000_000
 """Ten times the header of the largest LoRA seen (2,400 modules of about 150 bytes each, three tensors)."""
@@ -53,6 +54,11 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def items(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
 
 @dataclass(frozen=True, slots=True)
 class Header:
@@ -68,7 +74,7 @@ def unsupported(reason: str) -> JobFailure:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of `path`.
+    """Read and check the header of `path`; peft's configuration beside it counts as metadata.
 
     Raises `JobFailure` (LORA_FORMAT_NOT_SUPPORTED) for anything that is not an intact safetensors file, and
     `OSError` where the file cannot be read.
@@ -76,8 +82,12 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
-        length, text = _read_text(file, size)
-    return _parse(text, size - _LENGTH_BYTES - length)
+        length, entries = _read_text(file, size)
+    header = _parse(entries, size - _LENGTH_BYTES - length)
+    if config := config_beside(path):
+        text = config.read_text(errors="replace")
+        return replace(header, metadata={**header.metadata, METADATA: text})
+    return header
 
 
 def _read_text(file: BinaryIO, size: int) -> tuple[int, bytes]:

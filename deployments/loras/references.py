@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import ClassVar
 from urllib.parse import unquote
 
+from deployments.loras.peft_folder import CONFIG, WEIGHTS, config_beside
+
 SUFFIX = ".safetensors"
 
 
@@ -34,14 +36,17 @@ class LoraNotFound(LoraReferenceError):
 
 
 class LoraNotSafetensors(LoraReferenceError):
-    """The path is no regular `.safetensors` file."""
+    """The path is neither a regular `.safetensors` file nor a PEFT folder."""
 
     code = "LORA_FORMAT_NOT_SUPPORTED"
 
 
 @dataclass(frozen=True, slots=True)
 class LoraFile:
-    """A LoRA file on this node: `sha256` (hex) names its content, `bytes` is its size."""
+    """A LoRA file on this node: `sha256` (hex) names its content, `bytes` is its size.
+
+    The content of weights with a configuration beside them is both, one after the other.
+    """
 
     path: Path
     sha256: str
@@ -49,24 +54,24 @@ class LoraFile:
 
 
 def resolve(root: Path, reference: str) -> Path:
-    """Resolve a request's LoRA path to the real path of a regular `.safetensors` file inside `root`.
+    """Resolve a request's LoRA path to a regular `.safetensors` file inside `root`.
 
-    Raises `LoraPathNotAllowed` for a path that leaves the root by its text (also percent-encoded, once or
-    more often) or through links, `LoraNotFound` where nothing is, `LoraNotSafetensors` for anything else.
+    The result is a real path; of a PEFT folder, its weights below the folder's real path. Raises
+    `LoraPathNotAllowed` for a path that leaves the root by its text (also percent-encoded, once or more
+    often) or through links, `LoraNotFound` where nothing is, `LoraNotSafetensors` for anything else.
     """
     if any(_leaves(root, form) for form in _decodings(reference)):
         raise _not_allowed()
     try:
-        real_root = Path(os.path.realpath(root))
-        path = Path(os.path.realpath(root / reference))
-        if not path.is_relative_to(real_root):
-            raise _not_allowed()
+        path = _real(root, root / reference)
+        if path.is_dir() and all(_real(root, path / name).is_file() for name in (WEIGHTS, CONFIG)):
+            return path / WEIGHTS
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
         # ValueError: lone surrogates, which no file name can hold.
         raise LoraNotFound("The LoRA file does not exist.") from error
     if not stat.S_ISREG(mode) or not reference.lower().endswith(SUFFIX):
-        raise LoraNotSafetensors(f"The LoRA must be a regular {SUFFIX} file.")
+        raise LoraNotSafetensors(f"The LoRA must be a regular {SUFFIX} file or a PEFT folder.")
     return path
 
 
@@ -83,15 +88,41 @@ def open_lora(root: Path, reference: str) -> LoraFile:
 
 
 def digest(path: Path) -> str:
-    """Return the sha256 of a file in hex, remembered while its inode, size and time stay the same."""
-    status = path.stat()
-    return _digest(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    """Return the sha256 of a LoRA's content in hex, remembered while inode, size and time stay the same."""
+    config = config_beside(path)
+    return _digest(*(_Version.of(file) for file in ((path, config) if config else (path,))))
+
+
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """A file as it is now."""
+
+    path: Path
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> _Version:
+        status = path.stat()
+        return cls(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=65_536)
-def _digest(path: Path, device: int, inode: int, size: int, mtime_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(*versions: _Version) -> str:
+    whole = hashlib.sha256()
+    for version in versions:
+        with version.path.open("rb") as file:
+            hashlib.file_digest(file, lambda: whole)
+    return whole.hexdigest()
+
+
+def _real(root: Path, path: Path) -> Path:
+    real = Path(os.path.realpath(path))
+    if not real.is_relative_to(os.path.realpath(root)):
+        raise _not_allowed()
+    return real
 
 
 def _decodings(reference: str) -> Iterator[str]:

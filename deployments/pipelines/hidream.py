@@ -1,21 +1,27 @@
-"""HiDream-I1: the schedule that it is sampled with, and how its fourth text encoder is padded."""
+"""HiDream-I1 and E1: the schedule that they are sampled with, how their fourth text encoder is padded."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+from PIL import Image
+
+from deployments.render import PromptSpec
 
 _FIRST = np.float32(3 * 0.999 / (1 + 2 * 0.999))
 """Where the sigmas start: 0.999, the noisiest of a thousand training steps, after a shift of 3."""
 
 _SHIFT = math.exp(1.15)
-"""The second shift, that of FLUX.1's schedule for the 4096 tokens of one megapixel."""
+"""I1's second shift, that of FLUX.1's schedule for the 4096 tokens of one megapixel."""
+
+_EDIT_SHIFT = 3.0
+"""E1's second shift, the first once more."""
 
 
 class TwiceShifted(UniPCMultistepScheduler):
@@ -37,8 +43,22 @@ class TwiceShifted(UniPCMultistepScheduler):
 
 def complete(pipeline: Any) -> None:  # noqa: ANN401 - any diffusers pipeline
     """Replace the repository's scheduler, and pad Llama's prompts as the pipeline's constructor would."""
+    _complete(pipeline, _SHIFT)
+
+
+def complete_edit(pipeline: Any) -> None:  # noqa: ANN401 - any diffusers pipeline
+    """Do the same for HiDream-E1."""
+    _complete(pipeline, _EDIT_SHIFT)
+
+
+def edit_arguments(_pipeline: Any, _prompt: PromptSpec, controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401
+    """Arguments for HiDream-E1: the control image."""
+    return {"image": controls[0]}
+
+
+def _complete(pipeline: Any, shift: float) -> None:  # noqa: ANN401
     pipeline.scheduler = TwiceShifted(
-        num_train_timesteps=1000, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=_SHIFT
+        num_train_timesteps=1000, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
     )
     pipeline.tokenizer_4.pad_token = pipeline.tokenizer_4.eos_token
 

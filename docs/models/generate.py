@@ -35,6 +35,7 @@ def _page(spec: ModelSpec) -> str:
         "## A request\n\n```json\n" + json.dumps(_example(spec), indent=2) + "\n```",
         "## Memory\n\n" + _memory(spec),
         notes,
+        '## `"sampling": "preview"`\n\n' + _preview(spec),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -55,6 +56,13 @@ def _defaults(spec: ModelSpec) -> str:
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join(["| field | value |", "|---|---|", *lines])
+
+
+def _preview(spec: ModelSpec) -> str:
+    differs = spec.preview.differs if spec.preview else "Nothing in the numbers."
+    return (
+        f"The trainer's own sample picture of the same request. {differs} Flags in prompts (`--w 512`) count."
+    )
 
 
 def _memory(spec: ModelSpec) -> str:

@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent
 
 MODELS = tuple(sorted(file.parent.name for file in FOLDER.glob("*/cases.json")))
 
-SLOW = frozenset(model for model in MODELS if model.startswith(("qwen_image_edit", "hidream")))
+SLOW = frozenset(model for model in MODELS if model.startswith("qwen_image_edit") or model == "hidream")
 """Ids that see or draw a megapixel whatever the request says: a picture takes seconds."""
 
 
@@ -65,8 +65,9 @@ def load_cases() -> list[Case]:
 
 
 def load_previews() -> list[Case]:
-    """Return every case of every id that is rendered as the trainer renders it."""
-    return [case for model in MODELS for case in _load(model, "preview.json")]
+    """Return every case that is rendered as the trainer renders it, of ids that differ then."""
+    models = [model for model in MODELS if (FOLDER / model / "preview.json").exists()]
+    return [case for model in models for case in _load(model, "preview.json")]
 
 
 def _load(model: str, file: str) -> list[Case]:
@@ -89,9 +90,12 @@ def _case(model: str, entry: dict[str, Any]) -> Case:
 
 def write_mirror(target: Path) -> None:
     """Write the tiny checkpoint of every repository as an `org--name` folder below `target`."""
+    from deployments.pipelines.hidream_o1 import PixelTransformer
     from deployments.tiny import materialize
 
+    # Its config is a plain Qwen3-VL's.
+    classes = {"HiDream-ai/HiDream-O1-Image": PixelTransformer}
     for file in sorted(FOLDER.glob("*/repos.json")):
         for repo, folders in json.loads(file.read_text()).items():
             for folder in [folders] if isinstance(folders, str) else folders:
-                materialize(file.parent / folder, target / repo.replace("/", "--"))
+                materialize(file.parent / folder, target / repo.replace("/", "--"), classes.get(repo))

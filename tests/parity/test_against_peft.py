@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from deployments.loras.references import open_lora
@@ -16,8 +19,8 @@ from tests.studio import Studio, largest_difference
 
 Get = Callable[[str], Studio]
 
-# diffusers loads nothing from the trainer's files for Chroma.
-READ_BY_DIFFUSERS = [model for model in MODELS if model != "chroma"]
+# diffusers loads nothing from the trainer's files for Chroma, and has no HiDream-O1.
+READ_BY_DIFFUSERS = [model for model in MODELS if model not in ("chroma", "hidream_o1")]
 
 
 def picture_by_peft(used: Studio, lora: Path, multiplier: float) -> Any:
@@ -46,6 +49,29 @@ def test_trainer_files(both: Any, model: str, multiplier: float) -> None:
     for file in sorted((FOLDER / model / "lora").iterdir()):
         ours, peft = both(model, file, multiplier)
         assert largest_difference(ours, peft) <= 1
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"lora_alpha": 6},
+        {"lora_alpha": 6, "use_rslora": True},
+        {"alpha_pattern": {"model.language_model.layers.0.mlp.up_proj": 12}},
+    ],
+    ids=str,
+)
+def test_the_folders_that_peft_writes(
+    studio: Get, new_studio: Get, tmp_path: Path, stated: dict[str, Any]
+) -> None:
+    used, other = studio("hidream_o1"), new_studio("hidream_o1")
+    shutil.copytree(used.loras / "peft_a", tmp_path / "folder")
+    config = tmp_path / "folder" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **stated}))
+    used.engine.use([(open_lora(tmp_path, "folder"), 1.0)])
+    ours = used.picture()
+    PeftModel.from_pretrained(other.engine._pipeline.transformer, tmp_path / "folder")
+    assert largest_difference(ours, other.picture()) <= 1
+    assert largest_difference(ours, used.render({"peft_a": 1.0})) > 1
 
 
 def test_a_file_with_text_encoder_parts_is_more_than_its_unet_part(
@@ -100,6 +126,12 @@ def test_lokr_with_whole_and_with_split_factors(both: Any, tmp_path: Path) -> No
             "hidream",
             "diffusion_model.single_stream_blocks.0.block.attn1.to_q",
             "single_stream_blocks.0.block.attn1.to_q",
+        ),
+        ("hidream_o1", "diffusion_model.x_embedder.proj1", "model.x_embedder.proj1"),
+        (
+            "hidream_o1",
+            "diffusion_model.model.language_model.layers.1.mlp.up_proj",
+            "model.language_model.layers.1.mlp.up_proj",
         ),
     ],
 )

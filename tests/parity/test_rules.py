@@ -84,6 +84,8 @@ def test_flux_has_no_negative_prompt_and_embeds_guidance(studio: Get, model: str
             "lumina2",
             "krea2",
             "krea2_turbo",
+            "hidream_e1",
+            "hidream_o1",
         ]
     ),
 )
@@ -136,6 +138,18 @@ def test_hidream_draws_one_area_in_any_aspect(
     assert picture.shape == (drawn[1], drawn[0], 3)
 
 
+def test_hidream_e1_pads_to_the_checkpoint_s_own_number_where_that_is_enough(studio: Get) -> None:
+    """Padding changes the picture, so a larger one must not leave its number behind."""
+    used = studio("hidream_e1")
+    transformer = used.engine._pipeline.transformer
+    small = used.render({})
+    assert transformer.max_seq == 1024
+    large = used.render({}, width=384, height=384, steps=1)
+    assert (large.shape, transformer.max_seq) == ((384, 384, 3), 24 * 48)
+    assert equal(used.render({}), small)
+    assert transformer.max_seq == 1024
+
+
 def test_krea_2_reads_512_tokens_of_a_prompt(studio: Get) -> None:
     """And not five fewer, for which diffusers takes it."""
     used = studio("krea2")
@@ -153,8 +167,9 @@ def test_an_empty_negative_prompt_of_sdxl_is_encoded(studio: Get) -> None:
     assert not equal(ours, (zeroed * 255).round().astype(np.uint8))
 
 
-def test_kontext_stretches_its_image_to_the_output(studio: Get) -> None:
-    used = studio("flux_kontext")
+@pytest.mark.parametrize("model", ["flux_kontext", "hidream_e1"])
+def test_the_image_to_edit_is_stretched_to_the_output(studio: Get, model: str) -> None:
+    used = studio(model)
     image = Image.radial_gradient("L").convert("RGB").resize((300, 40))
     stretched = image.resize((96, 64), Image.Resampling.BILINEAR)
     picture = used.render({}, controls=[image])

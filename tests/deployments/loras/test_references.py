@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -143,3 +144,39 @@ def test_an_unchanged_file_is_read_once(root: Path) -> None:
     assert opened.count(path) == 1
     assert open_lora(root, "./a.safetensors") == first
     assert opened.count(path) == 1
+
+
+def write_folder(root: Path) -> Path:
+    folder = root / "adapter"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    (folder / "adapter_config.json").write_text("{}")
+    return folder
+
+
+def test_a_peft_folder_is_its_weights_and_its_configuration(root: Path) -> None:
+    folder = write_folder(root)
+    first = open_lora(root, "adapter")
+    assert first.path == resolve(root, "adapter/") == folder / "adapter_model.safetensors"
+    assert first.sha256 == hashlib.sha256(b"weights{}").hexdigest()
+    (folder / "adapter_config.json").write_text('{"lora_alpha": 8}')
+    assert open_lora(root, "adapter").sha256 != first.sha256
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_half_of_a_peft_folder_is_no_lora(root: Path, name: str) -> None:
+    (write_folder(root) / name).unlink()
+    with pytest.raises(LoraNotSafetensors):
+        resolve(root, "adapter")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_what_a_peft_folder_links_to_stays_in_the_root(root: Path, name: str) -> None:
+    file = write_folder(root) / name
+    kept = file.rename(root / name)
+    file.symlink_to(kept)
+    assert resolve(root, "adapter") == root / "adapter" / "adapter_model.safetensors"
+    file.unlink()
+    file.symlink_to(root.parent / "secret.safetensors")
+    with pytest.raises(LoraPathNotAllowed):
+        resolve(root, "adapter")
