@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
@@ -37,7 +38,10 @@ class Observer(Protocol):
     """Who follows a prompt; an exception from either method ends it and leaves the engine usable."""
 
     def on_phase(self, phase: Phase) -> None:
-        """Report that a phase begins: ENCODE, STEP when the first step is done, DECODE after the last."""
+        """Report that a phase begins: ENCODE, STEP when the first step is done, DECODE after the last.
+
+        It is told of the phase again for each piece that a VAE has done: a video has many.
+        """
         ...
 
     def on_step(self, done: int, total: int) -> None:
@@ -119,21 +123,16 @@ class Engine:
 
     def render(self, prompt: PromptSpec, controls: Sequence[Image.Image], observer: Observer) -> Media:
         """Render one prompt with the active adapters. Models without control images ignore `controls`."""
-
-        def after_step(_pipeline: object, step: int, *_: object) -> dict[str, Any]:
-            if step == 0:
-                observer.on_phase(Phase.STEP)
-            observer.on_step(step + 1, self._pipeline.num_timesteps)
-            if step + 1 == self._pipeline.num_timesteps:
-                observer.on_phase(Phase.DECODE)
-            return {}
-
-        observer.on_phase(Phase.ENCODE)
-        with torch.inference_mode():
+        progress = _Progress(observer)
+        with torch.inference_mode(), progress.of_pieces(self._pipeline.components.get("vae")):
             output = self._pipeline(
-                **self._arguments(prompt, controls), callback_on_step_end=after_step, output_type="np"
+                **self._arguments(prompt, controls),
+                callback_on_step_end=progress.after_step,
+                output_type="np",
             )
-        return Media((output.images[0] * 255).round().astype(np.uint8))
+        if self.spec.video is None:
+            return Media(_to_bytes(output.images[0]))
+        return Media(np.stack([_to_bytes(frame) for frame in output.frames[0]]), fps=prompt.fps)
 
     @property
     def warm(self) -> frozenset[str]:
@@ -210,12 +209,52 @@ class Engine:
         if self.spec.negative_prompt and "negative_prompt" in inspect.signature(self._pipeline).parameters:
             # Always a string: to the SD pipelines, none at all means another embedding than an empty one.
             arguments["negative_prompt"] = prompt.neg
+        if self.spec.video and prompt.num_frames:
+            arguments["num_frames"] = self.spec.video.floor(prompt.num_frames)
         if self.spec.arguments:
             arguments |= self._family_function(self.spec.arguments)(self._pipeline, prompt, controls)
         return arguments
 
     def _family_function(self, name: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(f"deployments.pipelines.{self.spec.family}"), name)
+
+
+class _Progress:
+    """Tells an observer where one prompt's pipeline is."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        self._enter(Phase.ENCODE)
+
+    def after_step(self, pipeline: Any, step: int, *_: object) -> dict[str, Any]:  # noqa: ANN401
+        """Tell of a step, as the callback of any pipeline."""
+        if step == 0:
+            self._enter(Phase.STEP)
+        self._observer.on_step(step + 1, pipeline.num_timesteps)
+        if step + 1 == pipeline.num_timesteps:
+            self._enter(Phase.DECODE)
+        return {}
+
+    @contextmanager
+    def of_pieces(self, vae: Any) -> Iterator[None]:  # noqa: ANN401 - a VAE, or None
+        """Tell of each piece that a VAE has done: it takes no callback, and a video keeps it for minutes."""
+        parts = [getattr(vae, name, None) for name in ("encoder", "decoder")]
+        modules = [part for part in parts if isinstance(part, torch.nn.Module)]
+        handles = [module.register_forward_hook(lambda *_: self._enter(self._phase)) for module in modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, phase: Phase) -> None:
+        self._phase = phase
+        self._observer.on_phase(phase)
+
+
+def _to_bytes(values: np.ndarray) -> np.ndarray:
+    """Return a picture of 0..1 as uint8, rounded."""
+    return (values * 255).round().astype(np.uint8)
 
 
 _PACKAGES = ("lora-serve", "torch", "diffusers", "transformers")

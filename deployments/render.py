@@ -10,6 +10,10 @@ from pydantic import BaseModel, ConfigDict
 
 ImageFormat = Literal["jpeg", "png", "webp"]
 
+VideoFormat = Literal["webp", "mp4"]
+
+OutputFormat = Literal[ImageFormat, VideoFormat]
+
 _WEB = re.compile(r"https?://", re.IGNORECASE)
 
 
@@ -29,9 +33,10 @@ class LoraSpec(BaseModel):
 
 
 class PromptSpec(BaseModel):
-    """One picture of a job, every default resolved; `controls` are object store keys or URLs of images.
+    """One picture or video of a job, every default resolved; `controls` are store keys or URLs of images.
 
-    Width and height are pixels, already floored to the model's divisor; `seed` is in [0, 2**64).
+    Width and height are pixels, already floored to the model's divisor; `seed` is in [0, 2**64). Videos have
+    `num_frames` as asked for, which the model's rule floors (its sound may last longer), and frames a second.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -44,6 +49,8 @@ class PromptSpec(BaseModel):
     guidance: float
     seed: int
     controls: tuple[str, ...] = ()
+    num_frames: int | None = None
+    fps: int | None = None
 
 
 class RenderSpec(BaseModel):
@@ -54,7 +61,7 @@ class RenderSpec(BaseModel):
     model: str
     loras: tuple[LoraSpec, ...]
     prompts: tuple[PromptSpec, ...]
-    output_format: ImageFormat = "jpeg"
+    output_format: OutputFormat = "jpeg"
     warnings: tuple[str, ...] = ()
 
     @property

@@ -1,4 +1,4 @@
-"""A whole job on one engine: LoRAs in, one picture per prompt out, each with its manifest.
+"""A whole job on one engine: LoRAs in, one picture or video per prompt out, each with its manifest.
 
 Workers and `lora-serve render` share this path, so a mismatch can be hunted without a cluster.
 """
@@ -115,7 +115,7 @@ def render_job(
             render = partial(_render, engine, weighted, prompt, images, observer)
             media = _fitting(engine, f"{prompt.width}x{prompt.height}", render)
             report.timings["prompts"].append(time.monotonic() - started)
-            yield Rendered(index, media, _manifest(engine, prompt, chosen))
+            yield Rendered(index, media, _manifest(engine, prompt, chosen) | media.measures)
 
 
 def _shaped(engine: Engine, image: Image.Image) -> Image.Image:

@@ -63,7 +63,7 @@ def admit(request: InferenceRequest, settings: Settings, store: ObjectStore) -> 
             _resolve_prompt(request, index, model, tuple(key for key, _ in controls[index]))
             for index in range(len(request.prompts))
         ),
-        output_format=request.output_format or "jpeg",
+        output_format=request.output_format or model.formats[0],
         warnings=tuple(_warnings(request, model)),
     )
 
@@ -116,6 +116,8 @@ def _check_control_images_are_there(request: InferenceRequest, model: ModelSpec)
 def _check_bounds(request: InferenceRequest, model: ModelSpec, settings: Settings) -> None:
     if len(request.prompts) > settings.max_prompts:
         raise Refusal(Code.TOO_MANY_PROMPTS, prompts=len(request.prompts), most=settings.max_prompts)
+    if request.output_format is not None:
+        check_format(request.output_format, model)
     longest = settings.max_prompt_chars
     for index, prompt in enumerate(request.prompts):
         texts = (prompt.prompt, prompt.neg, prompt.trigger_word, request.trigger_word)
@@ -131,6 +133,12 @@ def _check_bounds(request: InferenceRequest, model: ModelSpec, settings: Setting
                 prompt_index=index,
                 most=model.control_images.most,
             )
+
+
+def check_format(format: str, model: ModelSpec) -> None:
+    """Raise `Refusal` unless the model's outputs can be encoded so."""
+    if format not in model.formats:
+        raise Refusal(Code.OUTPUT_FORMAT_NOT_SUPPORTED, model=model.id, supported=model.formats)
 
 
 def _check_secrets(request: InferenceRequest, model: ModelSpec, references: Sequence[str]) -> None:
@@ -195,6 +203,8 @@ def _resolve_prompt(
         guidance=model.guidance if prompt.guidance_scale is None else prompt.guidance_scale,
         seed=_seed(prompt.seed, index),
         controls=controls,
+        num_frames=(prompt.num_frames or model.video.frames) if model.video else None,
+        fps=(prompt.fps or model.video.fps) if model.video else None,
     )
 
 

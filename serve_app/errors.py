@@ -38,6 +38,7 @@ class Code(Enum):
     TOO_MANY_PROMPTS = 400, "The request has more prompts than this service takes at once."
     PROMPT_TOO_LONG = 400, "A prompt, negative prompt or trigger word is too long."
     RESOLUTION_NOT_SUPPORTED = 400, 'This model has only the resolution "Default".'
+    OUTPUT_FORMAT_NOT_SUPPORTED = 400, "This model has no such output; details.supported lists its formats."
     TOO_MANY_CONTROL_IMAGES = 400, "A prompt has more control images than the model takes."
     SECRET_KEY_REQUIRED = 400, "Without SECRET_KEY, an hf_token or the query of a URL would be kept in clear."
     CONTROL_IMAGE_TOO_LARGE = 400, "A control image has more pixels than this service takes."

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
+
+from deployments.render import ImageFormat, OutputFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +49,29 @@ class ControlImages:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Video:
+    """What a model that makes videos makes by default, and the numbers of frames that it can make.
+
+    They are `least` and each `step` more; a request for another number gets the next lower one, but with
+    `multiples_go_up` one for a multiple of `step` gets `least` frames more. `formats` begin with the default.
+    """
+
+    frames: int = 41
+    fps: int = 16
+    least: int = 1
+    step: int = 4
+    multiples_go_up: bool = False
+    formats: tuple[OutputFormat, ...] = ("webp", "mp4")
+
+    def floor(self, frames: int) -> int:
+        """Return how many frames a request for `frames` gets."""
+        steps = (frames if self.multiples_go_up else frames - self.least) // self.step
+        return self.least + self.step * max(steps, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """One model id.
+    """One model id; it makes videos where it has a `video`, else pictures.
 
     `pipeline` and the scheduler's class are diffusers class names; `scheduler` replaces the repository's own.
     `parts` are components from other repositories. Defaults are the reference server's: sizes in pixels,
@@ -80,3 +103,9 @@ class ModelSpec:
     arguments: str | None = None
     memory_gib: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     licence: str = ""
+    video: Video | None = None
+
+    @property
+    def formats(self) -> tuple[OutputFormat, ...]:
+        """The file formats that it can be asked for, its default first."""
+        return self.video.formats if self.video else get_args(ImageFormat)

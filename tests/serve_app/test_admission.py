@@ -49,9 +49,12 @@ def test_defaults_are_those_of_the_row(place: Path, row: ModelSpec) -> None:
         guidance=row.guidance,
         seed=42,
         controls=(content_key(png()),) if image else (),
+        num_frames=row.video.frames if row.video else None,
+        fps=row.video.fps if row.video else None,
     )
     lora = LoraSpec(path="style.safetensors", multiplier=1.0)
-    assert spec == RenderSpec(model=row.id, loras=(lora,), prompts=(expected,), output_format="jpeg")
+    format_ = "webp" if row.video else "jpeg"
+    assert spec == RenderSpec(model=row.id, loras=(lora,), prompts=(expected,), output_format=format_)
 
 
 def test_null_means_default_everywhere(place: Path) -> None:
@@ -68,6 +71,14 @@ def test_own_values_are_kept(place: Path) -> None:
     )
     assert spec.loras[0].multiplier == 0.0
     assert spec.output_format == "png"
+
+
+def test_a_video_has_frames_and_a_picture_has_none(place: Path) -> None:
+    asked = {"num_frames": "8", "fps": 24}
+    (video,) = admitted(place, body(model="wan21_1b", prompt=asked, output_format="mp4")).prompts
+    assert (video.num_frames, video.fps) == (8, 24)
+    (picture,) = admitted(place, body(prompt=asked)).prompts
+    assert (picture.num_frames, picture.fps) == (None, None)
 
 
 @given(row=st.sampled_from(list(CATALOG.values())), width=st.integers(64, 4096), height=st.integers(64, 4096))
