@@ -14,9 +14,9 @@ from cluster.objects import ObjectStore, content_key
 from cluster.secrets import can_seal
 from cluster.urls import UrlRefused, check_url, parse_hosts, parse_url
 from deployments.catalog import CATALOG, ModelSpec
-from deployments.loras.dialects import dialect_of
 from deployments.loras.header import read_header
 from deployments.loras.links import check, parse
+from deployments.loras.modules import judge
 from deployments.loras.references import LoraReferenceError, resolve
 from deployments.media import ImageRejected, ImageTooLarge, decode_base64, decode_control
 from deployments.render import LoraSpec, PromptSpec, RenderSpec, bare
@@ -99,7 +99,7 @@ def _check_lora_file(path: str, settings: Settings) -> str:
         if remote is not None:
             check(remote, parse_hosts(settings.fetch_hosts), settings.fetch_buckets)
             return remote.text
-        dialect_of(read_header(resolve(settings.loras, path)))
+        judge(read_header(resolve(settings.loras, path)))
     except (LoraReferenceError, JobFailure) as error:
         raise Refusal(Code[error.code], lora_path=shown, reason=str(error)) from error
     except OSError as error:

@@ -9,7 +9,7 @@ is peft's own: `base(x) + up(down(x)) * scale`.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,17 +20,14 @@ from safetensors.torch import load
 from torch import Tensor
 
 from cluster.jobs import FailureCode, JobFailure
-from deployments.loras.conversion import rename
 from deployments.loras.deltas import Delta, Layer, build
-from deployments.loras.dialects import Role, dialect_of, group, stem_of
+from deployments.loras.dialects import group
 from deployments.loras.header import read_header, shorten, unsupported
+from deployments.loras.modules import Contents, Module, judge
 from deployments.loras.references import LoraFile, digest
-from deployments.loras.targets import Target, Targets
+from deployments.loras.targets import Layout, Shape, Target, Targets
 
 _EXAMPLES = 3
-
-_Found = dict[str, tuple[Target, dict[Role, Tensor]]]
-"""Modules of a file by their names in it: the layer each one means, and its tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +57,10 @@ class Adapters:
     """Adapters of one pipeline by the sha256 of their file, bounded in bytes: the least recently used go."""
 
     def __init__(self, pipeline: Any, device: torch.device, budget: int) -> None:  # noqa: ANN401 - any pipeline
-        self._pipeline = pipeline
         self._device = device
         self._budget = budget
-        self._targets = Targets(pipeline.components)
+        self._layers = _layers_of(pipeline)
+        self._targets = Targets(_layout(self._layers))
         self._resident: OrderedDict[str, Adapter] = OrderedDict()
         self._slots: dict[Layer, _Slot] = {}
 
@@ -104,21 +101,25 @@ class Adapters:
         return self._slots[layer]
 
     def _load(self, file: LoraFile, in_use: Collection[str]) -> Adapter:
-        found = self._match(_read(file))
+        contents, tensors = _read(file)
+        targets = {stem: self._targets.find(stem) for stem in contents.modules}
         deltas: dict[Layer, Delta] = {}
-        for stem, (target, parts) in found.items():
-            delta = build(stem, parts)
-            if not target.layers:
+        for stem, parts in group(tensors).items():
+            target, module = targets[stem], contents.modules[stem]
+            layers = [self._layers[target.component, path] for path in target.layers]
+            if not layers:
                 continue
-            if not deltas.keys().isdisjoint(target.layers):
+            if not deltas.keys().isdisjoint(layers):
                 raise unsupported(f"names a layer twice, at {shorten(stem)}")
-            if not delta.fits(target.layers):
-                raise JobFailure(FailureCode.LORA_NO_MATCH, _misfit(stem, delta, target.layers))
-            pieces = delta.split([layer.weight.shape[0] for layer in target.layers])
-            for layer, piece in zip(target.layers, pieces, strict=True):
+            shapes = [tuple(layer.weight.shape) for layer in layers]
+            if not module.fits(shapes):
+                raise JobFailure(FailureCode.LORA_NO_MATCH, _misfit(stem, module, shapes))
+            delta = build(module, parts)
+            pieces = (delta.swap() if target.swapped else delta).split([shape[0] for shape in shapes])
+            for layer, piece in zip(layers, pieces, strict=True):
                 deltas[layer] = piece.to(torch.device("cpu"), layer.weight.dtype)
         if not deltas:
-            message = f"The LoRA matches no layer of the model: {_some(found)}."
+            message = f"The LoRA matches no layer of the model: {_some(targets)}."
             raise JobFailure(FailureCode.LORA_NO_MATCH, message)
         weights = [tensor for delta in deltas.values() for tensor in delta.tensors]
         if not all(tensor.isfinite().all() for tensor in weights):
@@ -126,25 +127,7 @@ class Adapters:
         size = sum(tensor.nbytes for tensor in weights)
         self._make_room(size, in_use)
         placed = {layer: delta.to(self._device, layer.weight.dtype) for layer, delta in deltas.items()}
-        return Adapter(placed, size, _warning(found))
-
-    def _match(self, tensors: dict[str, Tensor]) -> _Found:
-        found = self._find(tensors)
-        unknown = {
-            stem
-            for stem, (target, _) in found.items()
-            if target.component == self._targets.denoiser and not target.layers
-        }
-        if unknown:
-            # Names of a model's original code, or of an older diffusers.
-            foreign = {name: tensor for name, tensor in tensors.items() if stem_of(name) in unknown}
-            ours = {name: tensor for name, tensor in tensors.items() if name not in foreign}
-            found = self._find(ours | rename(self._pipeline, foreign))
-        return found
-
-    def _find(self, tensors: Mapping[str, Tensor]) -> _Found:
-        # Sorted, for messages that stay the same: safetensors returns tensors in no fixed order.
-        return {stem: (self._targets.find(stem), parts) for stem, parts in sorted(group(tensors).items())}
+        return Adapter(placed, size, _warning(targets))
 
     def _make_room(self, size: int, in_use: Collection[str]) -> None:
         """Drop least recently used adapters until `size` bytes fit into the budget; never one in use."""
@@ -155,9 +138,9 @@ class Adapters:
             held -= self._resident.pop(sha256).bytes
 
 
-def _read(file: LoraFile) -> dict[str, Tensor]:
+def _read(file: LoraFile) -> tuple[Contents, dict[str, Tensor]]:
     try:
-        dialect_of(read_header(file.path))
+        contents = judge(read_header(file.path))
         tensors = load(file.path.read_bytes())
         if digest(file.path) != file.sha256:
             message = "The LoRA file changed while it was read."
@@ -166,22 +149,39 @@ def _read(file: LoraFile) -> dict[str, Tensor]:
         raise JobFailure(FailureCode.LORA_NOT_FOUND, "The LoRA file cannot be read.") from error
     except SafetensorError as error:
         raise unsupported("is not valid safetensors") from error
-    return tensors
+    return contents, tensors
 
 
-def _misfit(stem: str, delta: Delta, layers: Sequence[Layer]) -> str:
-    matrices = " and ".join(str(list(tensor.shape)) for tensor in delta.tensors)
-    weights = " and ".join(str(list(layer.weight.shape)) for layer in layers)
+def _layers_of(pipeline: Any) -> dict[tuple[str, str], Layer]:  # noqa: ANN401 - any pipeline
+    """Return the linear and convolution layers by component and path."""
+    return {
+        (name, path): layer
+        for name, model in pipeline.components.items()
+        if isinstance(model, torch.nn.Module)
+        for path, layer in model.named_modules()
+        if isinstance(layer, Layer)
+    }
+
+
+def _layout(layers: Mapping[tuple[str, str], Layer]) -> Layout:
+    layout: defaultdict[str, dict[str, Shape]] = defaultdict(dict)
+    for (component, path), layer in layers.items():
+        layout[component][path] = tuple(layer.weight.shape)
+    return layout
+
+
+def _misfit(stem: str, module: Module, shapes: Sequence[Shape]) -> str:
+    weights = " and ".join(str(list(shape)) for shape in shapes)
     return (
-        f"The LoRA is for another model: its matrices {matrices} at {shorten(stem)} do not fit"
-        f" the model's weights of shape {weights}."
+        f"The LoRA is for another model: its module {shorten(stem)} is for weights of shape"
+        f" {[module.out, *module.inputs]}, the model's are {weights}."
     )
 
 
-def _warning(found: _Found) -> str | None:
+def _warning(targets: Mapping[str, Target]) -> str | None:
     """Say how many modules of the file match no layer, by component, with a few of their names."""
-    total = Counter(target.component for target, _ in found.values())
-    unmatched = {stem: target.component for stem, (target, _) in found.items() if not target.layers}
+    total = Counter(target.component for target in targets.values())
+    unmatched = {stem: target.component for stem, target in targets.items() if not target.layers}
     if not unmatched:
         return None
     counts = [f"{count} of {total[name]} of {name}" for name, count in Counter(unmatched.values()).items()]

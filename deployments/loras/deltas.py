@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from deployments.loras.dialects import Role
-from deployments.loras.header import shorten, unsupported
+from deployments.loras.header import unsupported
+from deployments.loras.modules import Module
 
 Layer: TypeAlias = torch.nn.Linear | torch.nn.Conv2d
 
@@ -35,12 +36,12 @@ class Delta(Protocol):
         """Return a copy on a device, in a dtype."""
         ...
 
-    def fits(self, layers: Sequence[Layer]) -> bool:
-        """Whether the addition has the layers' input size, and output sizes put together."""
-        ...
-
     def split(self, sizes: Sequence[int]) -> Sequence[Delta]:
         """Cut the output into one delta for each of `sizes`, which add up to its own size."""
+        ...
+
+    def swap(self) -> Delta:
+        """Exchange the two halves of the output."""
         ...
 
     def __call__(self, layer: Layer, x: Tensor) -> Tensor:
@@ -65,15 +66,13 @@ class LowRank:
         """Return a copy on a device, in a dtype."""
         return replace(self, down=self.down.to(device, dtype), up=self.up.to(device, dtype))
 
-    def fits(self, layers: Sequence[Layer]) -> bool:
-        """Whether the addition has the layers' input size, and output sizes put together."""
-        out, inputs = _sizes(layers)
-        kernel = self.up.shape[2:]
-        return inputs == {tuple(self.down.shape[1:])} and self.up.shape[0] == out and kernel.numel() == 1
-
     def split(self, sizes: Sequence[int]) -> Sequence[LowRank]:
         """Cut the output into one delta for each of `sizes`, which add up to its own size."""
         return [replace(self, up=up) for up in self.up.split(list(sizes))]
+
+    def swap(self) -> LowRank:
+        """Exchange the two halves of the output."""
+        return replace(self, up=self.up.roll(self.up.shape[0] // 2, 0))
 
     def __call__(self, layer: Layer, x: Tensor) -> Tensor:
         """Return the unscaled addition for the layer's input `x`, in the dtype of the weights."""
@@ -106,11 +105,6 @@ class Kronecker:
         """Return a copy on a device, in a dtype."""
         return replace(self, w1=self.w1.to(device, dtype), w2=self.w2.to(device, dtype))
 
-    def fits(self, layers: Sequence[Layer]) -> bool:
-        """Whether the addition has the layers' input size, and output sizes put together."""
-        out, into = (a * b for a, b in zip(self.w1.shape, self.w2.shape, strict=True))
-        return _sizes(layers) == (out, {(into,)})
-
     def split(self, sizes: Sequence[int]) -> Sequence[Kronecker]:
         """Cut the output into one delta for each of `sizes`, which add up to its own size."""
         block = self.w2.shape[0]  # The outputs of one row of w1.
@@ -121,6 +115,12 @@ class Kronecker:
             pieces.append(replace(self, w1=w1, start=skipped, stop=skipped + size))
         return pieces
 
+    def swap(self) -> Kronecker:
+        """Exchange the two halves of the output; raises `JobFailure` where a row of w1 has part of both."""
+        if self.w1.shape[0] % 2:
+            raise unsupported("has LoKr factors that cannot be divided between shift and scale")
+        return replace(self, w1=self.w1.roll(self.w1.shape[0] // 2, 0))
+
     def __call__(self, layer: Layer, x: Tensor) -> Tensor:
         """Return the unscaled addition for the layer's input `x`, in the dtype of the weights.
 
@@ -130,58 +130,30 @@ class Kronecker:
         return (self.w1 @ functional.linear(blocks, self.w2)).flatten(-2)[..., self.start : self.stop]
 
 
-def _sizes(layers: Sequence[Layer]) -> tuple[int, set[tuple[int, ...]]]:
-    """Return the layers' output sizes put together, and the different shapes of their inputs."""
-    return sum(layer.weight.shape[0] for layer in layers), {tuple(layer.weight.shape[1:]) for layer in layers}
+def build(module: Module, tensors: Mapping[Role, Tensor]) -> Delta:
+    """Make the delta of one module, sound by its header, from its tensors.
 
-
-def build(stem: str, parts: Mapping[Role, Tensor]) -> Delta:
-    """Make the delta of one module from its tensors.
-
-    Raises `JobFailure` (LORA_FORMAT_NOT_SUPPORTED) for tensors that do not belong together, or of rank 0.
+    Raises `JobFailure` (LORA_FORMAT_NOT_SUPPORTED) for an alpha that is no number.
     """
-    if not all(tensor.is_floating_point() for tensor in parts.values()):
-        raise unsupported(f"has weights that are no floating-point numbers, at {shorten(stem)}")
-    return _low_rank(stem, parts) if Role.DOWN in parts or Role.UP in parts else _kronecker(stem, parts)
+    if Role.DOWN in tensors:
+        return LowRank(tensors[Role.DOWN], tensors[Role.UP], _scale(module, tensors))
+    w1 = _factor(tensors, Role.W1, Role.W1_A, Role.W1_B)
+    w2 = _factor(tensors, Role.W2, Role.W2_A, Role.W2_B)
+    return Kronecker(w1, w2, _scale(module, tensors))
 
 
-def _low_rank(stem: str, parts: Mapping[Role, Tensor]) -> LowRank:
-    if not {Role.DOWN, Role.UP} <= parts.keys() <= {Role.DOWN, Role.UP, Role.ALPHA}:
-        raise unsupported(f"has an incomplete pair of matrices at {shorten(stem)}")
-    down, up = parts[Role.DOWN], parts[Role.UP]
-    if down.dim() not in (2, 4) or up.dim() != down.dim() or down.shape[0] != up.shape[1] or not down.numel():
-        shapes = f"{list(down.shape)} and {list(up.shape)}"
-        raise unsupported(f"has matrices of shapes {shapes} at {shorten(stem)}, which make no LoRA")
-    return LowRank(down, up, _scale(stem, parts, rank=down.shape[0]))
+def _factor(tensors: Mapping[Role, Tensor], whole: Role, left: Role, right: Role) -> Tensor:
+    return tensors[whole] if whole in tensors else tensors[left].float() @ tensors[right].float()
 
 
-def _kronecker(stem: str, parts: Mapping[Role, Tensor]) -> Kronecker:
-    w1, rank1 = _factor(stem, parts, Role.W1, Role.W1_A, Role.W1_B)
-    w2, rank2 = _factor(stem, parts, Role.W2, Role.W2_A, Role.W2_B)
-    rank = rank2 or rank1
-    # With two whole factors there is no rank; the trainer then writes a dummy alpha (1e10, inf in float16).
-    return Kronecker(w1, w2, _scale(stem, parts, rank) if rank else 1.0)
-
-
-def _factor(
-    stem: str, parts: Mapping[Role, Tensor], whole: Role, left: Role, right: Role
-) -> tuple[Tensor, int | None]:
-    if whole in parts:
-        factor, rank = parts[whole], None
-    elif {left, right} <= parts.keys() and parts[left].shape[1:] == parts[right].shape[:1]:
-        factor, rank = parts[left].float() @ parts[right].float(), parts[right].shape[0]
-    else:
-        raise unsupported(f"has an incomplete LoKr factor at {shorten(stem)}")
-    if factor.dim() != 2 or not factor.numel() or rank == 0:
-        raise unsupported(f"has a LoKr factor of shape {list(factor.shape)} at {shorten(stem)}")
-    return factor, rank
-
-
-def _scale(stem: str, parts: Mapping[Role, Tensor], rank: int) -> float:
-    """Alpha over rank; files without alpha mean 1."""
-    alpha = parts.get(Role.ALPHA)
-    if alpha is None:
+def _scale(module: Module, tensors: Mapping[Role, Tensor]) -> float:
+    """Alpha over rank, or what the metadata state; 1 where there is neither."""
+    if Role.ALPHA not in tensors:
+        return 1.0 if module.scale is None else module.scale
+    if module.rank is None:
+        # For two whole LoKr factors the trainer writes a dummy (1e10, inf in float16).
         return 1.0
-    if alpha.numel() != 1 or not alpha.isfinite():
-        raise unsupported(f"has an alpha that is no number at {shorten(stem)}")
-    return alpha.item() / rank
+    alpha = tensors[Role.ALPHA]
+    if not alpha.isfinite():
+        raise unsupported("has an alpha that is no number")
+    return alpha.item() / module.rank

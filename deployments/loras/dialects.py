@@ -43,11 +43,14 @@ class Dialect(StrEnum):
     LOKR = "lokr"
 
 
+_LORA = r"(\.lora_|[._]lora\.|\.lora_linear_layer\.|(?<=_lora[12])\.)"
+"""Before `down` and `up`: of kohya, of diffusers until peft (two forms), of XLabs."""
+
 _SUFFIXES: tuple[tuple[re.Pattern[str], Role, Dialect | None], ...] = (
     (re.compile(r"\.lora_A(\.\w+)?\.weight$"), Role.DOWN, Dialect.PEFT),
     (re.compile(r"\.lora_B(\.\w+)?\.weight$"), Role.UP, Dialect.PEFT),
-    (re.compile(r"(\.lora_|[._]lora\.|\.lora_linear_layer\.)down\.weight$"), Role.DOWN, Dialect.KOHYA),
-    (re.compile(r"(\.lora_|[._]lora\.|\.lora_linear_layer\.)up\.weight$"), Role.UP, Dialect.KOHYA),
+    (re.compile(rf"{_LORA}down\.weight$"), Role.DOWN, Dialect.KOHYA),
+    (re.compile(rf"{_LORA}up\.weight$"), Role.UP, Dialect.KOHYA),
     (re.compile(r"\.alpha$"), Role.ALPHA, None),
     *(
         (re.compile(rf"\.{role}$"), role, Dialect.LOKR)
@@ -113,9 +116,3 @@ def group(tensors: Mapping[str, T]) -> dict[str, dict[Role, T]]:
             raise unsupported(f"holds a tensor that cannot be placed: {shorten(name)}")
         stems[parts[0]][parts[1]] = tensor
     return dict(stems)
-
-
-def stem_of(name: str) -> str | None:
-    """Return the module part of a tensor's name."""
-    parts = split(name)
-    return parts[0] if parts else None

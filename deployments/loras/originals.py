@@ -1,11 +1,26 @@
-"""The original code's names of layers that diffusers renamed or split: FLUX.1, FLUX.2, Chroma and Krea 2.
+"""The original code's names of layers that diffusers renamed or split.
 
-The trainer writes FLUX.2, Chroma and Krea 2 files in these names; kohya's and LyCORIS' files have them too.
+The trainer writes FLUX.2, Chroma and Krea 2 files in these names; kohya's, LyCORIS', XLabs' and ComfyUI's
+files have them too. Imports no torch.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Iterator
+
 _DOUBLE, _SINGLE = "transformer_blocks.{}.", "single_transformer_blocks.{}."
+
+_QKV = ("to_q", "to_k", "to_v")
+
+_EMBEDDERS = (
+    ("time_in.in_layer", "timestep_embedder.linear_1"),
+    ("time_in.out_layer", "timestep_embedder.linear_2"),
+    ("vector_in.in_layer", "text_embedder.linear_1"),
+    ("vector_in.out_layer", "text_embedder.linear_2"),
+    ("guidance_in.in_layer", "guidance_embedder.linear_1"),
+    ("guidance_in.out_layer", "guidance_embedder.linear_2"),
+)
 
 ORIGINAL_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
@@ -32,14 +47,93 @@ ORIGINAL_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("double_blocks.{}.img_mod.lin", (_DOUBLE + "norm1.linear",)),
     ("double_blocks.{}.txt_mod.lin", (_DOUBLE + "norm1_context.linear",)),
     ("single_blocks.{}.modulation.lin", (_SINGLE + "norm.linear",)),
+    *((name, ("time_text_embed." + path,)) for name, path in _EMBEDDERS),
+    # FLUX.1 by XLabs
+    (
+        "double_blocks.{}.qkv_lora1",
+        (_DOUBLE + "attn.to_q", _DOUBLE + "attn.to_k", _DOUBLE + "attn.to_v"),
+    ),
+    (
+        "double_blocks.{}.qkv_lora2",
+        (_DOUBLE + "attn.add_q_proj", _DOUBLE + "attn.add_k_proj", _DOUBLE + "attn.add_v_proj"),
+    ),
+    ("double_blocks.{}.proj_lora1", (_DOUBLE + "attn.to_out.0",)),
+    ("double_blocks.{}.proj_lora2", (_DOUBLE + "attn.to_add_out",)),
+    # FLUX.1, FLUX.2 and Chroma
+    ("img_in", ("x_embedder",)),
+    ("txt_in", ("context_embedder",)),
+    ("final_layer.linear", ("proj_out",)),
+    ("final_layer.adaLN_modulation.1", ("norm_out.linear",)),
     # FLUX.2
+    *((name, ("time_guidance_embed." + path,)) for name, path in _EMBEDDERS),
+    *(
+        (f"{name}.lin", (f"{name}.linear",))
+        for name in (
+            "double_stream_modulation_img",
+            "double_stream_modulation_txt",
+            "single_stream_modulation",
+        )
+    ),
     ("double_blocks.{}.img_mlp.0", (_DOUBLE + "ff.linear_in",)),
     ("double_blocks.{}.img_mlp.2", (_DOUBLE + "ff.linear_out",)),
     ("double_blocks.{}.txt_mlp.0", (_DOUBLE + "ff_context.linear_in",)),
     ("double_blocks.{}.txt_mlp.2", (_DOUBLE + "ff_context.linear_out",)),
     ("single_blocks.{}.linear1", (_SINGLE + "attn.to_qkv_mlp_proj",)),
     ("single_blocks.{}.linear2", (_SINGLE + "attn.to_out",)),
+    # Z-Image, then Lumina-Image 2.0
+    *(
+        (f"{stage}.{{}}.{name}", tuple(f"{stage}.{{}}.{path}" for path in paths))
+        for stage in ("layers", "noise_refiner", "context_refiner")
+        for name, paths in (
+            ("attention.qkv", tuple(f"attention.{name}" for name in _QKV)),
+            ("attention.out", ("attention.to_out.0",)),
+            ("attention.qkv", tuple(f"attn.{name}" for name in _QKV)),
+            ("attention.out", ("attn.to_out.0",)),
+            ("feed_forward.w1", ("feed_forward.linear_1",)),
+            ("feed_forward.w2", ("feed_forward.linear_2",)),
+            ("feed_forward.w3", ("feed_forward.linear_3",)),
+            ("adaLN_modulation.1", ("norm1.linear",)),
+        )
+    ),
+    # Wan
+    *(
+        (f"blocks.{{}}.{original}.{name}", (f"blocks.{{}}.{ours}.{path}",))
+        for original, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for name, path in (
+            ("q", "to_q"),
+            ("k", "to_k"),
+            ("v", "to_v"),
+            ("o", "to_out.0"),
+            ("k_img", "add_k_proj"),
+            ("v_img", "add_v_proj"),
+        )
+    ),
+    ("blocks.{}.ffn.0", ("blocks.{}.ffn.net.0.proj",)),
+    ("blocks.{}.ffn.2", ("blocks.{}.ffn.net.2",)),
+    ("time_embedding.0", ("condition_embedder.time_embedder.linear_1",)),
+    ("time_embedding.2", ("condition_embedder.time_embedder.linear_2",)),
+    ("time_projection.1", ("condition_embedder.time_proj",)),
+    ("text_embedding.0", ("condition_embedder.text_embedder.linear_1",)),
+    ("text_embedding.2", ("condition_embedder.text_embedder.linear_2",)),
+    ("img_emb.proj.1", ("condition_embedder.image_embedder.ff.net.0.proj",)),
+    ("img_emb.proj.3", ("condition_embedder.image_embedder.ff.net.2",)),
+    ("head.head", ("proj_out",)),
+    # Stable Diffusion, outside of its blocks
+    ("input_blocks.0.0", ("conv_in",)),
+    ("out.2", ("conv_out",)),
+    ("time_embed.0", ("time_embedding.linear_1",)),
+    ("time_embed.2", ("time_embedding.linear_2",)),
+    ("label_emb.0.0", ("add_embedding.linear_1",)),
+    ("label_emb.0.2", ("add_embedding.linear_2",)),
     # Krea 2
+    ("first", ("img_in",)),
+    ("last.linear", ("final_layer.linear",)),
+    ("tmlp.0", ("time_embed.linear_1",)),
+    ("tmlp.2", ("time_embed.linear_2",)),
+    ("tproj.1", ("time_mod_proj",)),
+    ("txtmlp.1", ("txt_in.linear_1",)),
+    ("txtmlp.3", ("txt_in.linear_2",)),
+    ("txtfusion.projector", ("text_fusion.projector",)),
     *(
         (f"{original}.{{}}.{name}", (f"{ours}.{{}}.{path}",))
         for original, ours in (
@@ -59,7 +153,52 @@ ORIGINAL_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
         )
     ),
 )
-"""Original name, with the block's index left open, and the layers in diffusers whose outputs make up its own.
+"""Original name, a block's index left open, and the layers in diffusers whose outputs make up its own.
 
 What a model has not is passed over: an original name means the layers that are there.
 """
+
+SWAPPED = frozenset({"final_layer.adaLN_modulation.1"})
+"""Original names of layers whose halves of outputs (shift and scale) diffusers has the other way round."""
+
+_UNET_BLOCK = re.compile(
+    r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
+)
+
+_RESNET = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def unet_names(paths: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield the original name and the path of the layers in a Stable Diffusion UNet's blocks.
+
+    The original counts blocks in one row of inputs, where each level has its resnets and a downsampler, and
+    one of outputs, where each has a resnet more and its upsampler inside of the last block.
+    """
+    blocks = [(match, path) for path in paths if (match := _UNET_BLOCK.fullmatch(path))]
+    firsts = {match[4] for match, _ in blocks if match.expand(r"\1 \2 \3") == "down 0 resnets"}
+    stride = len(firsts) + 1
+    attentive = {(match[1], match[2]) for match, _ in blocks if match[3] == "attentions"}
+    for match, path in blocks:
+        side, level, kind, index, rest = match.groups()
+        first, position = stride * int(level or 0), int(index)
+        if kind == "resnets":
+            rest = _RESNET.get(rest, rest)
+        if side == "mid":
+            yield f"middle_block.{1 if kind == 'attentions' else 2 * position}.{rest}", path
+        elif kind == "downsamplers":
+            yield f"input_blocks.{first + stride}.0.op", path
+        elif kind == "upsamplers":
+            inner = 2 if (side, level) in attentive else 1
+            yield f"output_blocks.{first + stride - 1}.{inner}.{rest}", path
+        else:
+            row = (
+                f"input_blocks.{first + position + 1}"
+                if side == "down"
+                else f"output_blocks.{first + position}"
+            )
+            yield f"{row}.{int(kind == 'attentions')}.{rest}", path

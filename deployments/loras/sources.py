@@ -23,9 +23,9 @@ from cluster.jobs import FailureCode, JobFailure
 from cluster.net import Fetched, Fetcher, fault_of
 from cluster.pace import FetchError, FetchFault, copy, too_large
 from cluster.urls import Url, parse_url
-from deployments.loras.dialects import dialect_of
 from deployments.loras.header import read_header
 from deployments.loras.links import BucketFile, HubFile, RemoteFile, WebFile, check, parse
+from deployments.loras.modules import judge
 from deployments.loras.references import LoraFile, LoraReferenceError, open_lora
 from deployments.loras.store import Lease, LoraStore
 from deployments.render import LoraSpec
@@ -201,4 +201,4 @@ def _judge(path: Path) -> None:
     with path.open("rb") as file:
         if _HTML.match(file.read(256)):
             raise JobFailure(FailureCode.LORA_URL_IS_HTML, _IS_HTML)
-    dialect_of(read_header(path))
+    judge(read_header(path))

@@ -1,77 +1,101 @@
-"""From the module names in LoRA files to the layers of a pipeline."""
+"""From the module names in LoRA files to the layers of a pipeline, by names alone. Imports no torch."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import TypeAlias
 
-import torch
+from deployments.loras.originals import ORIGINAL_NAMES, SWAPPED, unet_names
 
-from deployments.loras.deltas import Layer
-from deployments.loras.originals import ORIGINAL_NAMES
+Shape: TypeAlias = tuple[int, ...]
+
+Layout: TypeAlias = Mapping[str, Mapping[str, Shape]]
+"""Shapes of the weights of a pipeline's linear and convolution layers, by component and dotted path."""
 
 _DENOISERS = ("transformer", "unet")
 
-_PREFIXES: tuple[tuple[re.Pattern[str], str | None], ...] = (
-    (re.compile(r"^lora_te1?_"), "text_encoder"),
-    (re.compile(r"^lora_te([23])_"), r"text_encoder_\1"),
-    (re.compile(r"^(lora_unet_|lora_transformer_|lycoris_|diffusion_model\.|base_model\.model\.)"), None),
+_T5_LAYER = "encoder.block.0.layer.0.SelfAttention.q"
+
+_DENOISER, _T5 = "denoiser", "t5"
+
+_PREFIXES: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"^(lora_te1?_|text_encoders\.clip_l\.transformer\.)"), "text_encoder"),
+    (re.compile(r"^(lora_te2_|text_encoders\.clip_g\.transformer\.)"), "text_encoder_2"),
+    (re.compile(r"^(lora_te3_|text_encoders\.t5xxl\.transformer\.)"), _T5),
+    (
+        re.compile(
+            r"^(lora_unet_|lora_transformer_|lycoris_|(model\.)?diffusion_model\.|base_model\.model\.)"
+        ),
+        _DENOISER,
+    ),
     (re.compile(r"^(text_encoder(?:_\d)?|transformer|unet)\."), r"\1"),
 )
-"""Prefix of a module's name in files, and the pipeline's component it means (none: the denoiser)."""
+"""Prefix of a module's name in files, and the pipeline's component it means (no prefix: the denoiser)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """What a module of a file means: one layer, or several whose outputs side by side are the module's.
 
-    There is no layer where the pipeline has no such module.
+    `layers` are paths in the component; there are none where the pipeline has no such module. With `swapped`
+    the two halves of the module's outputs are the other way round in the layer.
     """
 
     component: str
-    layers: tuple[Layer, ...]
+    layers: tuple[str, ...]
+    swapped: bool = False
 
 
 class Targets:
-    """The linear and convolution layers of a pipeline's models, by every name that files give them."""
+    """The layers of a pipeline's models, by every name that files give them."""
 
-    def __init__(self, components: Mapping[str, Any]) -> None:
-        models = {name: model for name, model in components.items() if isinstance(model, torch.nn.Module)}
-        self.denoiser = next(name for name in _DENOISERS if name in models)
-        self._layers = {name: _aliases(model) for name, model in models.items()}
+    def __init__(self, layout: Layout) -> None:
+        self.denoiser = next(name for name in _DENOISERS if name in layout)
+        t5 = next((name for name, layers in layout.items() if _T5_LAYER in layers), "text_encoder_3")
+        self._meant = {_DENOISER: self.denoiser, _T5: t5}
+        self._layers = {name: _aliases(layers) for name, layers in layout.items()}
+        self._swapped = {form for name in SWAPPED for form in (name, _flat(name))}
 
     def find(self, stem: str) -> Target:
         """Return the layers that a module's name in a file means."""
         component = self.denoiser
         for prefix, meant in _PREFIXES:
             if match := prefix.match(stem):
-                component = match.expand(meant) if meant else self.denoiser
+                component = self._meant.get(meant) or match.expand(meant)
                 stem = stem[match.end() :]
                 break
-        return Target(component, self._layers.get(component, {}).get(stem.replace(".processor.", "."), ()))
+        name = stem.replace(".processor.", ".")
+        layers = self._layers.get(component, {}).get(name, ())
+        return Target(component, layers, bool(layers) and name in self._swapped)
 
 
-def _aliases(model: torch.nn.Module) -> dict[str, tuple[Layer, ...]]:
+def _aliases(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Layers by dotted path and by kohya's form of it, which has underscores for dots."""
-    layers: dict[str, tuple[Layer, ...]] = {}
+    layers: dict[str, tuple[str, ...]] = {}
 
-    def add(name: str, found: tuple[Layer, ...]) -> None:
+    def add(name: str, found: tuple[str, ...]) -> None:
         layers.setdefault(name, found)
-        layers.setdefault(name.replace(".", "_"), found)
+        layers.setdefault(_flat(name), found)
 
-    for path, module in model.named_modules():
-        if isinstance(module, Layer):
-            # Transformers 5 dropped a level of CLIP's text model that files still name; attention processors
-            # of older diffusers had no index in `to_out`.
-            for name in (path, f"text_model.{path}", path.removesuffix(".0")):
-                add(name, (module,))
-    for original, paths in ORIGINAL_NAMES:
-        for block in count():
-            names = [path.format(block) for path in paths]
+    paths = list(paths)
+    for path in paths:
+        # Transformers 5 dropped a level of CLIP's text model that files still name; attention processors of
+        # older diffusers had no index in `to_out`.
+        for name in (path, f"text_model.{path}", path.removesuffix(".0")):
+            add(name, (path,))
+    for original, path in unet_names(paths):
+        add(original, (path,))
+    for original, formats in ORIGINAL_NAMES:
+        for block in count() if "{}" in original else (0,):
+            names = [path.format(block) for path in formats]
             if not all(name in layers for name in names):
                 break
             add(original.format(block), tuple(layer for name in names for layer in layers[name]))
     return layers
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
