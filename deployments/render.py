@@ -14,6 +14,9 @@ VideoFormat = Literal["webp", "mp4"]
 
 OutputFormat = Literal[ImageFormat, VideoFormat]
 
+Sampling = Literal["reference", "preview"]
+"""As the reference server renders a request, or as the trainer renders its sample pictures."""
+
 _WEB = re.compile(r"https?://", re.IGNORECASE)
 
 
@@ -37,6 +40,9 @@ class PromptSpec(BaseModel):
 
     Width and height are pixels, already floored to the model's divisor; `seed` is in [0, 2**64). Videos have
     `num_frames` as asked for, which the model's rule floors (its sound may last longer), and frames a second.
+    The last four are of previews: whether the second control image is for the text encoder only, and what a
+    prompt's flags say that has no field: the LoRAs' weight (-2..2), SDXL's guidance rescale (0..1), and the
+    negative prompt of its second text encoder where it is another.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -51,6 +57,11 @@ class PromptSpec(BaseModel):
     controls: tuple[str, ...] = ()
     num_frames: int | None = None
     fps: int | None = None
+    sampling: Sampling = "reference"
+    second_is_shown_only: bool = False
+    multiplier: float | None = None
+    guidance_rescale: float = 0.0
+    neg_2: str | None = None
 
 
 class RenderSpec(BaseModel):

@@ -227,6 +227,7 @@ class ModelAnswer(BaseModel):
     gated: bool
     licence: str
     output_formats: tuple[str, ...]
+    preview_differs: str | None
 
     @classmethod
     def of(cls, row: ModelSpec) -> Self:
@@ -250,6 +251,7 @@ class ModelAnswer(BaseModel):
             gated=row.checkpoint.gated,
             licence=row.licence,
             output_formats=row.formats,
+            preview_differs=row.preview.differs if row.preview else None,
         )
 
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from deployments.catalog.spec import Checkpoint, ModelSpec
+from deployments.catalog.spec import Checkpoint, ModelSpec, Preview
+
+TILED = Preview(
+    differs="Pictures with a side above 256 pixels are decoded in tiles.",
+    fields={"during": "tiled_decode"},
+)
+"""As the trainer decodes with `low_vram`, which its user interface sets for these models."""
 
 ROWS = (
     ModelSpec(
@@ -18,6 +24,7 @@ ROWS = (
         divisor=16,
         memory_gib={"transformer": 23.9, "text_encoder": 8.3, "vae": 0.24},
         licence="Krea 2 Licence",
+        preview=TILED,
     ),
     ModelSpec(
         id="krea2_turbo",
@@ -34,5 +41,6 @@ ROWS = (
         divisor=16,
         memory_gib={"transformer": 23.9, "text_encoder": 8.3, "vae": 0.24},
         licence="Krea 2 Licence",
+        preview=TILED,
     ),
 )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, get_args
 
-from deployments.render import ImageFormat, OutputFormat
+from deployments.catalog.choices import Choose, numbered_else_main
+from deployments.render import ImageFormat, OutputFormat, Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,13 +35,14 @@ class ControlImages:
     """How many control images a prompt takes, and of what shape.
 
     With `most` 0, images sent are ignored, with a warning. `least_side` is in pixels; the longer side is at
-    most `most_aspect` times the shorter.
+    most `most_aspect` times the shorter. `choose` says which of those sent it takes.
     """
 
     least: int = 0
     most: int = 0
     least_side: int = 1
     most_aspect: int | None = None
+    choose: Choose = numbered_else_main
 
     def take(self, size: tuple[int, int]) -> bool:
         """Whether an image of this size in pixels has a shape that the model takes."""
@@ -70,16 +72,31 @@ class Video:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Preview:
+    """How the trainer's own sample pictures differ: in a sentence, and as other values of the row's fields.
+
+    Fields that only the loading of a pipeline reads cannot differ, unless `fields` are another id's row.
+    """
+
+    differs: str
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """One model id; it makes videos where it has a `video`, else pictures.
 
     `pipeline` and the scheduler's class are diffusers class names; `scheduler` replaces the repository's own.
-    `parts` are components from other repositories. Defaults are the reference server's: sizes in pixels,
-    floored to `divisor` in requests. `guidance_argument` is what the pipeline's call names guidance; the
-    negative prompt is passed where the call has one. `call_options` are passed to every call. `adjust` and
-    `arguments` name functions of the family's module in `pipelines`: the first changes the loaded pipeline,
-    the second adds arguments to its call.
+    `image_pipeline` takes the place of `pipeline`, over the same components, for prompts with control images.
+    `parts` are components from other repositories; a model that is `assembled` has no other components.
+    `experts` are the components of the two transformers by their names in requests, if there are two.
+    Defaults are the reference server's: sizes in pixels, floored to `divisor` in requests.
+    `guidance_argument` is what the pipeline's call names guidance; the negative prompt is passed where the
+    call has one. `call_options` are passed to every call. `adjust`, `arguments` and `during` name functions
+    of the family's module in `pipelines`: the first changes the loaded pipeline, the second adds arguments to
+    its call, the third is a context manager around the call.
     `memory_gib` is the size of each part in bfloat16. `licence` is the SPDX name or the licence's own.
+    `preview` is there unless the trainer's previews differ by nothing but the rules for its prompts.
     """
 
     id: str
@@ -93,7 +110,10 @@ class ModelSpec:
     width: int = 1024
     height: int = 1024
     scheduler: tuple[str, Mapping[str, Any]] | None = None
+    image_pipeline: str | None = None
     parts: Mapping[str, Part] = field(default_factory=lambda: MappingProxyType({}))
+    assembled: bool = False
+    experts: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     load_options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     call_options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     guidance_argument: str = "guidance_scale"
@@ -101,11 +121,17 @@ class ModelSpec:
     control_images: ControlImages = ControlImages()
     adjust: str | None = None
     arguments: str | None = None
+    during: str | None = None
     memory_gib: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     licence: str = ""
     video: Video | None = None
+    preview: Preview | None = None
 
     @property
     def formats(self) -> tuple[OutputFormat, ...]:
         """The file formats that it can be asked for, its default first."""
         return self.video.formats if self.video else get_args(ImageFormat)
+
+    def sampled(self, sampling: Sampling) -> ModelSpec:
+        """Return the row that holds for a request's `sampling`; for a preview it may be another id's."""
+        return replace(self, **self.preview.fields) if self.preview and sampling == "preview" else self

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +34,16 @@ def text_arguments(pipeline: Any, prompt: PromptSpec, _controls: Sequence[Image.
         embeds, mask = pipeline.encode_prompt(text, max_sequence_length=_TEXT_TOKENS)
         arguments |= {name: None, f"{name}_embeds": embeds.float(), f"{name}_embeds_mask": mask}
     return arguments
+
+
+@contextmanager
+def tiled_decode(pipeline: Any, _arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
+    """Decode in tiles of 256 pixels, 192 apart."""
+    pipeline.vae.enable_tiling()
+    try:
+        yield
+    finally:
+        pipeline.vae.disable_tiling()
 
 
 def _narrow(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  # noqa: ANN401
