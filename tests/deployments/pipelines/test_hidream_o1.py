@@ -16,7 +16,7 @@ from deployments.engine import Engine
 from deployments.loras.references import open_lora
 from deployments.pipelines.hidream_o1 import (
     NOISE_SCALE,
-    HiDreamO1Pipeline,
+    PixelTransformer,
     _positions,
     to_patches,
     to_pixels,
@@ -107,4 +107,4 @@ def test_in_bfloat16_the_picture_is_rounded_at_each_step_and_the_step_is_not(
 def test_a_plain_qwen3_vl_is_refused(tmp_path: Path) -> None:
     materialize(GOLDEN / "checkpoint", tmp_path, Qwen3VLForConditionalGeneration)
     with pytest.raises(ValueError, match=r"no HiDream-O1: it lacks model\.final_layer2"):
-        HiDreamO1Pipeline.from_pretrained(tmp_path, dtype=torch.float32)
+        PixelTransformer.from_pretrained(tmp_path)
