@@ -34,7 +34,7 @@ class Studio:
         return PromptSpec(**{**defaults, **video, "guidance": self.engine.spec.guidance, **fields})
 
     def picture(self, **fields: Any) -> np.ndarray:
-        """Return the picture (uint8, H x W x 3) or video (F x H x W x 3) of one prompt with what is active."""
+        """Return the picture (uint8, H x W x 3) or video (F x H x W x 3) of one prompt as things are."""
         controls = fields.pop("controls", self.controls)
         return self.engine.render(self.prompt(**fields), controls, Unwatched()).pixels
 
