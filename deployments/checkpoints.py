@@ -40,7 +40,7 @@ class Checkpoints:
         self._cache_dir = cache_dir
 
     def locate(self, checkpoint: Checkpoint, *, without: Collection[str] = ()) -> Located:
-        """Return the directory of a repository; from the hub only needed files come.
+        """Return the directory of a repository in diffusers layout; from the hub only needed files come.
 
         `without` names components that are not loaded. Raises `JobFailure` (MODEL_LOAD_FAILED).
         """
@@ -51,7 +51,7 @@ class Checkpoints:
 
         Raises `JobFailure` (MODEL_LOAD_FAILED).
         """
-        located = self._locate(part.checkpoint, lambda: self._download_folder(part.checkpoint, part.folder))
+        located = self._locate(part.checkpoint, lambda: self._download_part(part))
         return replace(located, directory=located.directory / part.folder)
 
     def _locate(self, checkpoint: Checkpoint, download: Callable[[], Located]) -> Located:
@@ -67,11 +67,11 @@ class Checkpoints:
         except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
             raise _not_found(f"{checkpoint.repo}: {looked}, and the hub says: {error}") from error
 
-    def _download_folder(self, checkpoint: Checkpoint, folder: str) -> Located:
-        path = f"{folder}/" if folder else ""
+    def _download_part(self, part: Part) -> Located:
+        path = f"{part.folder}/" if part.folder else ""
         directory = snapshot_download(
-            checkpoint.repo,
-            revision=checkpoint.revision,
+            part.checkpoint.repo,
+            revision=part.checkpoint.revision,
             cache_dir=self._cache_dir,
             # Both libraries name their files so; Mistral's repositories hold the same weights once more.
             allow_patterns=[f"{path}{kind}" for kind in (*_TEXTS, "*model*.safetensors")],
@@ -81,8 +81,6 @@ class Checkpoints:
 
     def _download(self, checkpoint: Checkpoint, without: Collection[str]) -> Located:
         repo, variant = checkpoint.repo, checkpoint.variant
-        if not checkpoint.indexed:
-            return self._download_folder(checkpoint, "")
         index = Path(hf_hub_download(repo, _INDEX, revision=checkpoint.revision, cache_dir=self._cache_dir))
         components = [
             name

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Protocol
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -20,30 +20,18 @@ import torch
 import transformers
 from PIL import Image
 
-from cluster.jobs import Phase
 from deployments.catalog import ModelSpec, Part
 from deployments.checkpoints import Checkpoints, Located
 from deployments.loras.adapters import Adapters
 from deployments.loras.references import LoraFile
 from deployments.media import Media
+from deployments.progress import Observer, Progress
 from deployments.render import PromptSpec, Sampling
 
 ADAPTER_BYTES = 8 * 2**30
 """Default room for resident adapters on the device: about 50 of rank 16 for FLUX.1 in bfloat16."""
 
 OFFLOADS = ("none", "model", "group", "sequential")
-
-
-class Observer(Protocol):
-    """Who follows a prompt; an exception from either method ends it and leaves the engine usable."""
-
-    def on_phase(self, phase: Phase) -> None:
-        """Report that a phase begins: ENCODE, STEP when the first step is done, DECODE after the last."""
-        ...
-
-    def on_step(self, done: int, total: int) -> None:
-        """Report that `done` of `total` denoising steps are done."""
-        ...
 
 
 class Engine:
@@ -70,6 +58,7 @@ class Engine:
         self._offload = offload
         self._adapter_bytes = adapter_bytes
         self._pipeline: Any = None
+        self._image_pipeline: Any = None
         self._located: Located | None = None
         self._parts: dict[str, str] = {}
         self._adapters: Adapters | None = None
@@ -81,34 +70,23 @@ class Engine:
         for files that are not what they should be.
         """
         _be_deterministic()
-        absent = [name for name, value in self.spec.load_options.items() if value is None]
-        self._located = self._checkpoints.locate(self.spec.checkpoint, without=[*absent, *self.spec.parts])
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         # Transformers initialises some parts at random before it reads their weights.
         with torch.random.fork_rng(devices=[]):
-            parts = {name: self._load_part(name, part) for name, part in self.spec.parts.items()}
-            pipeline = self._pipeline_class.from_pretrained(
-                self._located.directory,
-                variant=self._located.variant,
-                dtype=self._dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                **self._loading,
-                **self.spec.load_options,
-                # It refuses a plain tokenizer in a processor's place; that comes afterwards.
-                **{name: part if isinstance(part, torch.nn.Module) else None for name, part in parts.items()},
-            )
-            pipeline.register_modules(**parts)
+            pipeline = self._load_pipeline()
         if self.spec.scheduler:
             # Not through the constructor: the one of Stable Diffusion 1.5 changes `steps_offset` 0 to 1.
             pipeline.scheduler = _make_scheduler(*self.spec.scheduler)
         if self.spec.adjust:
             self._family_function(self.spec.adjust)(pipeline)
-        pipeline.set_progress_bar_config(disable=True)
         self._place(pipeline)
-        self._pipeline = pipeline
-        self._adapters = Adapters(pipeline, self._device, self._adapter_bytes)
+        self._pipeline = self._image_pipeline = pipeline
+        if self.spec.image_pipeline:
+            self._image_pipeline = _with_parts_of(pipeline, self.spec.image_pipeline)
+        for each in {self._pipeline, self._image_pipeline}:
+            each.set_progress_bar_config(disable=True)
+        self._adapters = Adapters(pipeline, self._device, self._adapter_bytes, self.spec.experts)
 
     def use(self, loras: Sequence[tuple[LoraFile, float]]) -> list[str]:
         """Make exactly these adapters active with these multipliers; returns warnings of partial matches.
@@ -120,21 +98,15 @@ class Engine:
 
     def render(self, prompt: PromptSpec, controls: Sequence[Image.Image], observer: Observer) -> Media:
         """Render one prompt with the active adapters. Models without control images ignore `controls`."""
-
-        def after_step(_pipeline: object, step: int, *_: object) -> dict[str, Any]:
-            if step == 0:
-                observer.on_phase(Phase.STEP)
-            observer.on_step(step + 1, self._pipeline.num_timesteps)
-            if step + 1 == self._pipeline.num_timesteps:
-                observer.on_phase(Phase.DECODE)
-            return {}
-
-        observer.on_phase(Phase.ENCODE)
-        with torch.inference_mode():
+        pipeline = self._pipeline_for(controls)
+        progress = Progress(observer)
+        with torch.inference_mode(), progress.of_pieces(pipeline.components.get("vae")):
             arguments = self._arguments(prompt, controls)
-            with self._sampled(prompt.sampling, arguments):
-                output = self._pipeline(**arguments, callback_on_step_end=after_step, output_type="np")
-        return Media((output.images[0] * 255).round().astype(np.uint8))
+            with self._sampled(pipeline, prompt.sampling, arguments):
+                output = pipeline(**arguments, callback_on_step_end=progress.after_step, output_type="np")
+        if self.spec.video is None:
+            return Media(_to_bytes(output.images[0]))
+        return Media(np.stack([_to_bytes(frame) for frame in output.frames[0]]), fps=prompt.fps)
 
     @property
     def warm(self) -> frozenset[str]:
@@ -176,21 +148,36 @@ class Engine:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
     @property
-    def _pipeline_class(self) -> Any:  # noqa: ANN401 - a pipeline of diffusers or of ours
-        module, _, class_name = self.spec.pipeline.rpartition(".")
-        return getattr(importlib.import_module(module or "diffusers"), class_name)
-
-    @property
     def _loaded_adapters(self) -> Adapters:
         if self._adapters is None:
             raise RuntimeError("the engine is not loaded")
         return self._adapters
 
+    def _load_pipeline(self) -> Any:  # noqa: ANN401 - any diffusers pipeline
+        options, pipeline_class = self.spec.load_options, _pipeline_class(self.spec.pipeline)
+        parts = {name: self._load_part(name, part) for name, part in self.spec.parts.items()}
+        if self.spec.assembled:
+            return pipeline_class(**parts, scheduler=None, **options)
+        absent = [name for name, value in options.items() if value is None]
+        self._located = self._checkpoints.locate(self.spec.checkpoint, without=[*absent, *parts])
+        pipeline = pipeline_class.from_pretrained(
+            self._located.directory,
+            variant=self._located.variant,
+            dtype=self._dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            **self._loading,
+            **options,
+            # It refuses a plain tokenizer in a processor's place; that comes afterwards.
+            **{name: part if isinstance(part, torch.nn.Module) else None for name, part in parts.items()},
+        )
+        pipeline.register_modules(**parts)
+        return pipeline
+
     def _load_part(self, name: str, part: Part) -> Any:  # noqa: ANN401 - a model or a tokenizer
         located = self._checkpoints.locate_part(part)
         self._parts[name] = f"{part.checkpoint.repo}@{located.revision}"
-        library, class_name = part.class_name.split(".")
-        part_class = getattr(importlib.import_module(library), class_name)
+        part_class = _named(part.class_name)
         is_model = issubclass(part_class, torch.nn.Module)
         options = {"dtype": self._dtype, "use_safetensors": True, **self._loading} if is_model else {}
         return part_class.from_pretrained(located.directory, local_files_only=True, **options)
@@ -221,20 +208,22 @@ class Engine:
             pipeline.enable_sequential_cpu_offload(device=self._device)
 
     @contextmanager
-    def _sampled(self, sampling: Sampling, arguments: dict[str, Any]) -> Iterator[None]:
+    def _sampled(self, pipeline: Any, sampling: Sampling, arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
         """Change the pipeline for the time of a call, whose `arguments` may change as well."""
-        row, own = self.spec.sampled(sampling), self._pipeline.scheduler
+        row, own = self.spec.sampled(sampling), pipeline.scheduler
         if row.scheduler and row.scheduler is not self.spec.scheduler:
-            self._pipeline.scheduler = _make_scheduler(*row.scheduler)
+            pipeline.scheduler = _make_scheduler(*row.scheduler)
         try:
-            with (
-                self._family_function(row.during)(self._pipeline, arguments) if row.during else nullcontext()
-            ):
+            with self._family_function(row.during)(pipeline, arguments) if row.during else nullcontext():
                 yield
         finally:
-            self._pipeline.scheduler = own
+            pipeline.scheduler = own
+
+    def _pipeline_for(self, controls: Sequence[Image.Image]) -> Any:  # noqa: ANN401 - any diffusers pipeline
+        return self._image_pipeline if controls else self._pipeline
 
     def _arguments(self, prompt: PromptSpec, controls: Sequence[Image.Image]) -> dict[str, Any]:
+        pipeline = self._pipeline_for(controls)
         row = self.spec.sampled(prompt.sampling)
         arguments: dict[str, Any] = {
             "prompt": prompt.prompt,
@@ -245,19 +234,43 @@ class Engine:
             "generator": torch.Generator("cpu").manual_seed(prompt.seed),
             **row.call_options,
         }
-        if row.negative_prompt and "negative_prompt" in inspect.signature(self._pipeline).parameters:
+        if row.negative_prompt and "negative_prompt" in inspect.signature(pipeline).parameters:
             # Always a string: to the SD pipelines, none at all means another embedding than an empty one.
             arguments["negative_prompt"] = prompt.neg
+        if row.video and prompt.num_frames:
+            arguments["num_frames"] = row.video.floor(prompt.num_frames)
         if row.arguments:
-            arguments |= self._family_function(row.arguments)(self._pipeline, prompt, controls)
+            arguments |= self._family_function(row.arguments)(pipeline, prompt, controls)
         return arguments
 
     def _family_function(self, name: str) -> Callable[..., Any]:
-        return getattr(importlib.import_module(f"deployments.pipelines.{self.spec.family}"), name)
+        return _named(f"deployments.pipelines.{self.spec.family}.{name}")
+
+
+def _named(path: str) -> Any:  # noqa: ANN401 - a class or a function
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _pipeline_class(name: str) -> Any:  # noqa: ANN401 - of diffusers, or of ours with its module in front
+    return _named(name if "." in name else f"diffusers.{name}")
+
+
+def _with_parts_of(pipeline: Any, class_name: str) -> Any:  # noqa: ANN401 - any diffusers pipeline
+    """Make another pipeline of the same components and configuration."""
+    pipeline_class = getattr(diffusers, class_name)
+    held = {**pipeline.config, **pipeline.components}
+    wanted = inspect.signature(pipeline_class.__init__).parameters.keys() & held.keys()
+    return pipeline_class(**{name: held[name] for name in wanted})
 
 
 def _make_scheduler(class_name: str, config: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any of diffusers'
     return getattr(diffusers, class_name)(**config)
+
+
+def _to_bytes(values: np.ndarray) -> np.ndarray:
+    """Return a picture of 0..1 as uint8, rounded."""
+    return (values * 255).round().astype(np.uint8)
 
 
 _PACKAGES = ("lora-serve", "torch", "diffusers", "transformers")

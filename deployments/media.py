@@ -1,4 +1,4 @@
-"""Pictures between arrays and bytes: what pipelines give, what clients send and get. Imports no torch."""
+"""Media between arrays and files: what pipelines give, what clients send and get. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,18 +7,31 @@ import binascii
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from deployments.render import ImageFormat
+from deployments.render import OutputFormat
+from deployments.videos import write_mp4, write_webp
 
 QUALITY = 95
-"""Of JPEG and lossy WEBP, as the reference server saves its JPEG."""
+"""Of JPEG and lossy WEBP pictures, as the reference server saves its JPEG."""
+
+FILE_TYPES: Mapping[OutputFormat, tuple[str, str]] = MappingProxyType(
+    {
+        "jpeg": ("jpg", "image/jpeg"),
+        "png": ("png", "image/png"),
+        "webp": ("webp", "image/webp"),
+        "mp4": ("mp4", "video/mp4"),
+    }
+)
+"""Extension and content type of each format."""
 
 MANIFEST_KEY = "lora-serve"
 """Keyword of the PNG text chunk that holds the manifest as JSON."""
@@ -38,45 +51,59 @@ class ImageTooLarge(ImageRejected):
 
 
 @dataclass(frozen=True, slots=True)
-class Media:
-    """What a prompt rendered to, before any encoding: uint8, H x W x 3, RGB."""
+class Sound:
+    """Samples float32 [channels, samples] in [-1, 1], and how many there are in a second."""
 
-    pixels: np.ndarray
-
-    @property
-    def width(self) -> int:
-        """Width in pixels."""
-        return self.pixels.shape[1]
-
-    @property
-    def height(self) -> int:
-        """Height in pixels."""
-        return self.pixels.shape[0]
+    samples: np.ndarray
+    rate: int
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
-    """A file's bytes, and what a store and a client need to know of it; sizes in pixels."""
+class Media:
+    """What a prompt rendered to, before any encoding: uint8, RGB, H x W x 3, or F x H x W x 3 for a video.
 
-    data: bytes
-    content_type: str
-    extension: str
-    width: int
-    height: int
+    `fps` are the frames per second of a video, None for a picture.
+    """
+
+    pixels: np.ndarray
+    fps: int | None = None
+    sound: Sound | None = None
+
+    @property
+    def measures(self) -> dict[str, int]:
+        """Width and height in pixels, of a video also `num_frames` and `fps`."""
+        *frames, height, width, _ = self.pixels.shape
+        size = {"width": width, "height": height}
+        return size if self.fps is None else {**size, "num_frames": frames[0], "fps": self.fps}
 
 
-def encode(media: Media, format: ImageFormat, manifest: Mapping[str, Any]) -> Encoded:
-    """Encode a picture. PNG keeps every pixel and carries the manifest; JPEG and WEBP have quality 95."""
-    image = Image.fromarray(media.pixels)
-    buffer = io.BytesIO()
+def save(
+    media: Media,
+    format: OutputFormat,
+    manifest: Mapping[str, Any],
+    path: Path,
+    moved: Callable[[], None] = lambda: None,
+) -> None:
+    """Encode a picture (jpeg, png, webp) or a video (webp, mp4) into a new file, named for its format.
+
+    PNG keeps every pixel and carries the manifest; JPEG and WEBP pictures have quality 95. `moved` is called
+    for each frame of a video, and may raise to end it. Raises `OSError`.
+    """
+    if media.fps is None:
+        _save_picture(Image.fromarray(media.pixels), format, manifest, path)
+    elif format == "mp4":
+        write_mp4(media.pixels, media.fps, path, moved)
+    else:
+        write_webp(media.pixels, media.fps, path, moved)
+
+
+def _save_picture(image: Image.Image, format: OutputFormat, manifest: Mapping[str, Any], path: Path) -> None:
     if format == "png":
         text = PngInfo()
         text.add_itxt(MANIFEST_KEY, json.dumps(manifest, ensure_ascii=False))
-        image.save(buffer, "PNG", pnginfo=text)
+        image.save(path, "PNG", pnginfo=text)
     else:
-        image.save(buffer, format, quality=QUALITY)
-    extension = "jpg" if format == "jpeg" else format
-    return Encoded(buffer.getvalue(), f"image/{format}", extension, media.width, media.height)
+        image.save(path, format, quality=QUALITY)
 
 
 def decode_control(data: bytes, max_pixels: int) -> Image.Image:

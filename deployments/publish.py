@@ -6,20 +6,22 @@ so a worker that lost its lease writes into a folder that nobody reads.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import secrets
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from cluster.jobs import FailureCode, JobFailure, JobState, LeaseLost, StoreUnavailable
 from cluster.objects import ObjectStore, StoreError
 from cluster.queue import JobQueue
-from deployments.media import Media, encode
+from deployments.loras.references import digest
+from deployments.media import FILE_TYPES, Media, save
 from deployments.running import Run, Stop, Stopped
 
 logger = logging.getLogger(__name__)
@@ -77,22 +79,25 @@ class Publisher:
     def _store_output(
         self, run: Run, index: int, media: Media, manifest: Mapping[str, Any]
     ) -> dict[str, Any]:
-        encoded = encode(media, run.spec.output_format, manifest)
+        format = run.spec.output_format
+        extension, content_type = FILE_TYPES[format]
         # The name cannot be guessed: whoever has the URL may read the output.
         name = f"{run.prefix}/{index}-{secrets.token_urlsafe(16)}"
-        output: dict[str, Any] = {
-            "kind": "image",
-            "format": run.spec.output_format,
-            "width": encoded.width,
-            "height": encoded.height,
-            "seed": run.spec.prompts[index].seed,
-            "key": f"{name}.{encoded.extension}",
-            "manifest_key": f"{name}.json",
-            "sha256": hashlib.sha256(encoded.data).hexdigest(),
-            "bytes": len(encoded.data),
-        }
+        with tempfile.TemporaryDirectory(prefix="lora-serve-") as folder:
+            file = Path(folder, f"output.{extension}")
+            save(media, format, manifest, file, run.moved)
+            output: dict[str, Any] = {
+                "kind": "image" if media.fps is None else "video",
+                "format": format,
+                **media.measures,
+                "seed": run.spec.prompts[index].seed,
+                "key": f"{name}.{extension}",
+                "manifest_key": f"{name}.json",
+                "sha256": digest(file),
+                "bytes": file.stat().st_size,
+            }
+            self._store.put_file(output["key"], file, content_type)
         beside = {**manifest, "sha256": output["sha256"], "bytes": output["bytes"]}
-        self._store.put(output["key"], encoded.data, encoded.content_type)
         self._store.put(
             output["manifest_key"], json.dumps(beside, ensure_ascii=False).encode(), "application/json"
         )

@@ -10,6 +10,10 @@ from pydantic import BaseModel, ConfigDict
 
 ImageFormat = Literal["jpeg", "png", "webp"]
 
+VideoFormat = Literal["webp", "mp4"]
+
+OutputFormat = Literal[ImageFormat, VideoFormat]
+
 Sampling = Literal["reference", "preview"]
 """As the reference server renders a request, or as the trainer renders its sample pictures."""
 
@@ -32,12 +36,13 @@ class LoraSpec(BaseModel):
 
 
 class PromptSpec(BaseModel):
-    """One picture of a job, every default resolved; `controls` are object store keys or URLs of images.
+    """One picture or video of a job, every default resolved; `controls` are store keys or URLs of images.
 
-    Width and height are pixels, already floored to the model's divisor; `seed` is in [0, 2**64). The last
-    four are of previews: whether the second control image is for the text encoder only, and what a prompt's
-    flags say that has no field: the LoRAs' weight (-2..2), SDXL's guidance rescale (0..1), and the negative
-    prompt of its second text encoder where it is another.
+    Width and height are pixels, already floored to the model's divisor; `seed` is in [0, 2**64). Videos have
+    `num_frames` as asked for, which the model's rule floors (its sound may last longer), and frames a second.
+    The last four are of previews: whether the second control image is for the text encoder only, and what a
+    prompt's flags say that has no field: the LoRAs' weight (-2..2), SDXL's guidance rescale (0..1), and the
+    negative prompt of its second text encoder where it is another.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -50,6 +55,8 @@ class PromptSpec(BaseModel):
     guidance: float
     seed: int
     controls: tuple[str, ...] = ()
+    num_frames: int | None = None
+    fps: int | None = None
     sampling: Sampling = "reference"
     second_is_shown_only: bool = False
     multiplier: float | None = None
@@ -65,7 +72,7 @@ class RenderSpec(BaseModel):
     model: str
     loras: tuple[LoraSpec, ...]
     prompts: tuple[PromptSpec, ...]
-    output_format: ImageFormat = "jpeg"
+    output_format: OutputFormat = "jpeg"
     warnings: tuple[str, ...] = ()
 
     @property

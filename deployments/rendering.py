@@ -1,4 +1,4 @@
-"""A whole job on one engine: LoRAs in, one picture per prompt out, each with its manifest.
+"""A whole job on one engine: LoRAs in, one picture or video per prompt out, each with its manifest.
 
 Workers and `lora-serve render` share this path, so a mismatch can be hunted without a cluster.
 """
@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -18,10 +18,11 @@ from PIL import Image
 
 from cluster.jobs import FailureCode, JobFailure, Phase
 from deployments.controls import Controls
-from deployments.engine import Engine, Observer
+from deployments.engine import Engine
 from deployments.loras.references import LoraFile
 from deployments.loras.sources import Loras
 from deployments.media import Media
+from deployments.progress import Observer
 from deployments.render import LoraSpec, PromptSpec, RenderSpec, bare
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def render_job(
             render = partial(_render, engine, weighted, prompt, images, observer)
             media = _fitting(engine, f"{prompt.width}x{prompt.height}", render)
             report.timings["prompts"].append(time.monotonic() - started)
-            yield Rendered(index, media, _manifest(engine, prompt, weighted))
+            yield Rendered(index, media, _manifest(engine, prompt, weighted) | media.measures)
 
 
 def _shaped(engine: Engine, prompt: PromptSpec, image: Image.Image) -> Image.Image:
@@ -132,7 +133,7 @@ def _weigh(lora: LoraSpec, prompt: PromptSpec) -> LoraSpec:
 
 
 def _use(engine: Engine, weighted: _Weighted) -> list[str]:
-    return engine.use([(file, lora.multiplier) for file, lora in weighted])
+    return engine.use([(replace(file, expert=lora.transformer), lora.multiplier) for file, lora in weighted])
 
 
 def _render(

@@ -88,6 +88,12 @@ class Run:
             self._step, self._moved = min(done, total), time.monotonic()
         self.check()
 
+    def moved(self) -> None:
+        """Note that something moved in whatever phase it is; raises `Stopped` if the job has to stop."""
+        with self._lock:
+            self._moved = time.monotonic()
+        self.check()
+
     def stop(self, reason: Stop) -> None:
         """Ask the job to stop at its next step."""
         with self._lock:

@@ -50,7 +50,7 @@ def admit(
     if row is None:
         raise Refusal(Code.MODEL_NOT_FOUND, supported_models=list(CATALOG))
     model = row.sampled(request.sampling or "reference")
-    references = _check_loras(request, settings)
+    references = _check_loras(request, model, settings)
     choices = [model.control_images.choose(prompt.control_images) for prompt in request.prompts]
     _check_control_images_are_there(choices, model)
     _check_bounds(request, choices, model, settings)
@@ -67,20 +67,26 @@ def admit(
         model=model.id,
         loras=tuple(map(_resolve_lora, request.loras, references)),
         prompts=tuple(map(_with_controls, prompts, choices, controls)),
-        output_format=request.output_format or "jpeg",
-        warnings=tuple(_warnings(request, model)),
+        output_format=request.output_format or model.formats[0],
+        warnings=tuple(_warnings(request, choices, model)),
     )
 
 
-def _check_loras(request: InferenceRequest, settings: Settings) -> list[str]:
+def _check_loras(request: InferenceRequest, model: ModelSpec, settings: Settings) -> list[str]:
     """Return the reference of each LoRA in its one form."""
-    if not request.loras:
+    experts = [lora.transformer for lora in request.loras]
+    if not experts:
         raise _lora_refusal(Code.LORA_FILE_REQUIRED, request)
-    if any(lora.transformer for lora in request.loras):
+    if model.experts:
+        if None in experts:
+            raise _lora_refusal(Code.MOE_FORMAT_REQUIRED, request)
+        if len(set(experts)) < len(experts):
+            raise _lora_refusal(Code.SINGLE_MOE_CONFIG_ONLY, request)
+    elif any(experts):
         raise _lora_refusal(Code.MOE_FORMAT_NOT_SUPPORTED, request)
-    if len(request.loras) > 1:
+    elif len(experts) > 1:
         raise _lora_refusal(Code.SINGLE_LORA_ONLY, request)
-    return [_check_lora_file(request.loras[0].path, settings)]
+    return _check_lora_files(request, model, settings)
 
 
 def _lora_refusal(code: Code, request: InferenceRequest) -> Refusal:
@@ -94,6 +100,20 @@ def _shown(path: str) -> str:
     """Leave of a URL only the scheme: user, query and path of one may be secrets."""
     url = _URL.match(path)
     return f"{url[0]}***" if url else path
+
+
+def _check_lora_files(request: InferenceRequest, model: ModelSpec, settings: Settings) -> list[str]:
+    references, missing = [], []
+    for lora in request.loras:
+        try:
+            references.append(_check_lora_file(lora.path, settings))
+        except Refusal as refusal:
+            if refusal.code != Code.LORA_NOT_FOUND.name or not model.experts:
+                raise
+            missing.append(_shown(lora.path))
+    if missing:
+        raise Refusal(Code.LORA_NOT_FOUND, missing_files=missing)
+    return references
 
 
 def _check_lora_file(path: str, settings: Settings) -> str:
@@ -122,6 +142,8 @@ def _check_bounds(
 ) -> None:
     if len(request.prompts) > settings.max_prompts:
         raise Refusal(Code.TOO_MANY_PROMPTS, prompts=len(request.prompts), most=settings.max_prompts)
+    if request.output_format is not None:
+        check_format(request.output_format, model)
     longest = settings.max_prompt_chars
     for index, (prompt, choice) in enumerate(zip(request.prompts, choices, strict=True)):
         texts = (prompt.prompt, prompt.neg, prompt.trigger_word, request.trigger_word)
@@ -137,6 +159,12 @@ def _check_bounds(
                 prompt_index=index,
                 most=model.control_images.most,
             )
+
+
+def check_format(format: str, model: ModelSpec) -> None:
+    """Raise `Refusal` unless the model's outputs can be encoded so."""
+    if format not in model.formats:
+        raise Refusal(Code.OUTPUT_FORMAT_NOT_SUPPORTED, model=model.id, supported=model.formats)
 
 
 def _check_secrets(
@@ -187,7 +215,7 @@ def _check_control_url(text: str, index: int, settings: Settings) -> str:
 
 def _resolve_lora(lora: LoraItem, reference: str) -> LoraSpec:
     multiplier = 1.0 if lora.network_multiplier is None else lora.network_multiplier
-    return LoraSpec(path=reference, multiplier=multiplier, sha256=lora.sha256)
+    return LoraSpec(path=reference, multiplier=multiplier, transformer=lora.transformer, sha256=lora.sha256)
 
 
 def _resolve_prompt(request: InferenceRequest, index: int, model: ModelSpec) -> PromptSpec:
@@ -201,6 +229,8 @@ def _resolve_prompt(request: InferenceRequest, index: int, model: ModelSpec) -> 
         steps=prompt.sample_steps or model.steps,
         guidance=model.guidance if prompt.guidance_scale is None else prompt.guidance_scale,
         seed=_seed(prompt.seed, index),
+        num_frames=(prompt.num_frames or model.video.frames) if model.video else None,
+        fps=(prompt.fps or model.video.fps) if model.video else None,
         sampling=request.sampling or "reference",
         multiplier=flags.network_multiplier,
         guidance_rescale=flags.guidance_rescale,
@@ -244,13 +274,16 @@ def _seed(seed: int | None, index: int) -> int:
     return secrets.randbelow(RANDOM_SEEDS) if seed == -1 else seed
 
 
-def _warnings(request: InferenceRequest, model: ModelSpec) -> list[str]:
+def _warnings(request: InferenceRequest, choices: Sequence[Choice], model: ModelSpec) -> list[str]:
     warnings = []
     if unknown := request.unknown_fields:
         # Quoted and cut: names are the sender's and may be of any length.
         names = [repr(name[:60]) for name in unknown[:_NAMED_FIELDS]]
         more = f" and {len(unknown) - _NAMED_FIELDS} more" if len(unknown) > _NAMED_FIELDS else ""
         warnings.append(f"Unknown fields were ignored: {', '.join(names)}{more}.")
-    if not model.control_images.most and any(any(prompt.control_images) for prompt in request.prompts):
-        warnings.append(f"{model.id} takes no control images; those sent were ignored.")
+    most = model.control_images.most
+    taken = [bool(most and choice.images) for choice in choices]
+    if any(any(prompt.control_images) > took for prompt, took in zip(request.prompts, taken, strict=True)):
+        takes = f"at most {most} for a prompt" if most else "no control images"
+        warnings.append(f"{model.id} takes {takes}; those sent were ignored.")
     return warnings

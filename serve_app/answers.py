@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel
 
 from cluster.jobs import Job, JobState, JobSummary, Phase
 from cluster.objects import ObjectStore
 from deployments.catalog import ModelSpec
-from deployments.render import ImageFormat
+from deployments.render import ImageFormat, VideoFormat
 
 
 def _time(seconds: float | None) -> datetime | None:
@@ -103,10 +103,9 @@ class ListAnswer(BaseModel):
     next_cursor: str | None
 
 
-class ImageOutput(BaseModel):
-    """One picture: `file_path` is an absolute path or `s3://bucket/key`, `url` how a client fetches it."""
+class _Output(BaseModel):
+    """A file: `file_path` is an absolute path or `s3://bucket/key`, `url` how a client fetches it."""
 
-    format: ImageFormat
     width: int
     height: int
     file_path: str
@@ -119,24 +118,46 @@ class ImageOutput(BaseModel):
     @classmethod
     def of(cls, output: Mapping[str, Any], store: ObjectStore, base_url: str) -> Self:
         """Describe an output that a worker recorded."""
-        return cls(
-            format=output["format"],
-            width=output["width"],
-            height=output["height"],
-            file_path=store.location(output["key"]),
-            seed=output["seed"],
-            url=store.url(output["key"], base_url),
-            sha256=output["sha256"],
-            bytes=output["bytes"],
-            manifest_url=store.url(output["manifest_key"], base_url),
+        key, manifest_key = output["key"], output["manifest_key"]
+        return cls.model_validate(
+            {
+                **output,
+                "file_path": store.location(key),
+                "url": store.url(key, base_url),
+                "manifest_url": store.url(manifest_key, base_url),
+            }
         )
 
 
+class ImageOutput(_Output):
+    """One picture."""
+
+    format: ImageFormat
+
+
+class VideoOutput(_Output):
+    """One video: the frames that it has, and how many of them are shown in a second."""
+
+    format: VideoFormat
+    num_frames: int
+    fps: int
+
+
 class Outputs(BaseModel):
-    """Everything a job made, in the order of its prompts; no model makes videos yet."""
+    """Everything a job made, in the order of its prompts."""
 
     images: list[ImageOutput]
-    videos: list[dict[str, Any]] = []
+    videos: list[VideoOutput]
+
+    @classmethod
+    def of(cls, outputs: Sequence[Mapping[str, Any]], store: ObjectStore, base_url: str) -> Self:
+        """Describe the outputs that a worker recorded, each of the `kind` that it says."""
+        images = [output for output in outputs if output["kind"] == "image"]
+        videos = [output for output in outputs if output["kind"] == "video"]
+        return cls(
+            images=[ImageOutput.of(output, store, base_url) for output in images],
+            videos=[VideoOutput.of(output, store, base_url) for output in videos],
+        )
 
 
 class ResultMetadata(BaseModel):
@@ -195,9 +216,9 @@ class ModelAnswer(BaseModel):
     default_steps: int
     default_guidance_scale: float
     requires_control_image: bool
-    is_video_model: bool = False
-    default_num_frames: int | None = None
-    default_fps: int | None = None
+    is_video_model: bool
+    default_num_frames: int | None
+    default_fps: int | None
     title: str
     control_images: ControlImageCount
     negative_prompt: bool
@@ -205,7 +226,7 @@ class ModelAnswer(BaseModel):
     default_height: int
     gated: bool
     licence: str
-    output_formats: tuple[str, ...] = get_args(ImageFormat)
+    output_formats: tuple[str, ...]
     preview_differs: str | None
 
     @classmethod
@@ -219,6 +240,9 @@ class ModelAnswer(BaseModel):
             default_steps=row.steps,
             default_guidance_scale=row.guidance,
             requires_control_image=controls.least > 0,
+            is_video_model=row.video is not None,
+            default_num_frames=row.video and row.video.frames,
+            default_fps=row.video and row.video.fps,
             title=row.title,
             control_images=ControlImageCount(least=controls.least, most=controls.most),
             negative_prompt=row.negative_prompt,
@@ -226,6 +250,7 @@ class ModelAnswer(BaseModel):
             default_height=row.height,
             gated=row.checkpoint.gated,
             licence=row.licence,
+            output_formats=row.formats,
             preview_differs=row.preview.differs if row.preview else None,
         )
 

@@ -21,12 +21,13 @@ app = typer.Typer(
 
 
 class FileFormat(StrEnum):
-    """What `render` writes: raw pixels, or an encoded picture."""
+    """What `render` writes: raw pixels and sound, or an encoded picture or video."""
 
     NPY = "npy"
     PNG = "png"
     JPEG = "jpeg"
     WEBP = "webp"
+    MP4 = "mp4"
 
 
 @app.command()

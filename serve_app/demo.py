@@ -92,7 +92,9 @@ def _own_request(folder: Path, model: str, lora: Path, prompt: str, image: Path 
     item: dict[str, Any] = {"prompt": prompt}
     if image is not None:
         item["ctrl_img"] = base64.b64encode(image.read_bytes()).decode()
-    body = {"model": model, "loras": [{"path": lora.name}], "prompts": [item], "output_format": "png"}
+    body = {"model": model, "loras": [{"path": lora.name}], "prompts": [item]}
+    if CATALOG[model].video is None:
+        body["output_format"] = "png"
     return Request(model, body)
 
 
@@ -204,10 +206,11 @@ def _save(client: httpx.Client, job_id: str, stem: Path) -> bool:
     result = client.get(f"/v1/requests/{job_id}/result").json()
     if result["status"] != JobState.SUCCEEDED:
         return False
-    for index, image in enumerate(result["outputs"]["images"]):
+    outputs = result["outputs"]
+    for index, output in enumerate([*outputs["images"], *outputs["videos"]]):
         name = f"{stem.name}-{index}"
-        stem.with_name(f"{name}.{image['format']}").write_bytes(client.get(image["url"]).content)
-        manifest = client.get(image["manifest_url"]).json()
+        stem.with_name(f"{name}.{output['format']}").write_bytes(client.get(output["url"]).content)
+        manifest = client.get(output["manifest_url"]).json()
         stem.with_name(f"{name}.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     return True
 

@@ -27,6 +27,11 @@ class Code(Enum):
     TOO_MANY_QUEUED = 429, "Too many requests are waiting; try again when some of them have run."
     MODEL_NOT_FOUND = 400, "There is no such model; details.supported_models lists the ids."
     LORA_FILE_REQUIRED = 400, "A request needs a LoRA: `loras` must not be empty."
+    MOE_FORMAT_REQUIRED = (
+        400,
+        'This model has two transformers: each LoRA needs `transformer`, "low" or "high".',
+    )
+    SINGLE_MOE_CONFIG_ONLY = 400, "This model takes one LoRA per request for each of its two transformers."
     MOE_FORMAT_NOT_SUPPORTED = 400, "This model has one transformer: leave `transformer` out of `loras`."
     SINGLE_LORA_ONLY = 400, "This model takes exactly one LoRA per request."
     URL_NOT_ALLOWED = 400, "This service does not fetch from that URL; details.reason says why."
@@ -38,6 +43,7 @@ class Code(Enum):
     TOO_MANY_PROMPTS = 400, "The request has more prompts than this service takes at once."
     PROMPT_TOO_LONG = 400, "A prompt, negative prompt or trigger word is too long."
     RESOLUTION_NOT_SUPPORTED = 400, 'This model has only the resolution "Default".'
+    OUTPUT_FORMAT_NOT_SUPPORTED = 400, "This model has no such output; details.supported lists its formats."
     TOO_MANY_CONTROL_IMAGES = 400, "A prompt has more control images than the model takes."
     PROMPT_FLAG_INVALID = 400, "A flag in a prompt has no valid value; details.reason says which."
     SECRET_KEY_REQUIRED = 400, "Without SECRET_KEY, an hf_token or the query of a URL would be kept in clear."

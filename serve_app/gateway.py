@@ -25,7 +25,6 @@ from cluster.secrets import can_seal
 from deployments.catalog import CATALOG
 from serve_app.answers import (
     HealthAnswer,
-    ImageOutput,
     ListAnswer,
     ModelAnswer,
     ModelsAnswer,
@@ -258,10 +257,8 @@ def _result(request_id: str, tenant: str, parts: Parts) -> ResultAnswer:
     job = _job(request_id, tenant, parts)
     if job.state is not JobState.SUCCEEDED:
         return ResultAnswer.of(job, None)
-    images = [
-        ImageOutput.of(output, parts.store, parts.settings.base_url) for output in parts.queue.outputs(job.id)
-    ]
-    return ResultAnswer.of(job, Outputs(images=images))
+    outputs = Outputs.of(parts.queue.outputs(job.id), parts.store, parts.settings.base_url)
+    return ResultAnswer.of(job, outputs)
 
 
 def _cancel(request_id: str, tenant: str, parts: Parts) -> StatusAnswer:

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -23,20 +23,24 @@ from deployments.controls import Controls
 from deployments.engine import Engine
 from deployments.loras.sources import Loras
 from deployments.loras.store import LoraStore
-from deployments.media import encode
+from deployments.media import FILE_TYPES, save
+from deployments.render import OutputFormat
 from deployments.rendering import Rendered, Report, Unwatched, render_job
-from serve_app.admission import admit
+from serve_app.admission import admit, check_format
 from serve_app.errors import Refusal
 from serve_app.schemas import InferenceRequest
 from serve_app.settings import Settings
 
+FileFormat: TypeAlias = OutputFormat | Literal["npy"]
 
-def render_files(files: Sequence[Path], settings: Settings, out: Path, file_format: str) -> int:
+
+def render_files(files: Sequence[Path], settings: Settings, out: Path, file_format: FileFormat) -> int:
     """Render the requests in order in this process, one warm engine per model; return the exit status.
 
-    Request `A.json` (a body of `POST /v1/inference`) becomes `out/A/0.npy` per prompt, uint8 H x W x 3, or
-    pictures with another `file_format` (png, jpeg, webp), and `out/A/manifest.json`. A request that fails has
-    its reason there under `error` and `error_code`, and on standard error; the others are rendered.
+    Request `A.json` (a body of `POST /v1/inference`) becomes `out/A/0.npy` per prompt, uint8 H x W x 3, for a
+    video F x H x W x 3 with its sound in `0.audio.npy`, float32 [channels, samples] in [-1, 1], or pictures
+    and videos with another `file_format` (png, jpeg, webp, mp4), and `out/A/manifest.json`. A request that
+    fails has its reason there under `error` and `error_code`, and on standard error; the others are rendered.
     """
     engines: dict[str, Engine] = {}
     failed = 0
@@ -73,11 +77,13 @@ def _render_file(
     store: ObjectStore,
     engines: dict[str, Engine],
     folder: Path,
-    file_format: str,
+    file_format: FileFormat,
 ) -> dict[str, Any]:
     try:
         request = InferenceRequest.model_validate_json(file.read_bytes())
         spec = admit(request, settings, store, kept=False)
+        if file_format != "npy":
+            check_format(file_format, CATALOG[spec.model])
         engine = _engine(spec.model, settings, engines)
         report = Report()
         loras, controls = open_sources(settings, store)
@@ -115,13 +121,14 @@ def _engine(model: str, settings: Settings, engines: dict[str, Engine]) -> Engin
     return engines[model]
 
 
-def _write(item: Rendered, folder: Path, file_format: str) -> dict[str, Any]:
-    """Write one prompt's picture; pixels go to disk before any encoding where `npy` is asked for."""
+def _write(item: Rendered, folder: Path, file_format: FileFormat) -> dict[str, Any]:
+    """Write what a prompt made; pixels and sound go to disk before any encoding where `npy` is asked for."""
     if file_format == "npy":
         name = f"{item.index}.npy"
         np.save(folder / name, item.media.pixels)
+        if item.media.sound is not None:
+            np.save(folder / f"{item.index}.audio.npy", item.media.sound.samples)
     else:
-        encoded = encode(item.media, file_format, item.manifest)  # type: ignore[arg-type]
-        name = f"{item.index}.{encoded.extension}"
-        (folder / name).write_bytes(encoded.data)
+        name = f"{item.index}.{FILE_TYPES[file_format][0]}"
+        save(item.media, file_format, item.manifest, folder / name)
     return {"file": name, **item.manifest}

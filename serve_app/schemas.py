@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from deployments.render import ImageFormat, Sampling
+from deployments.render import OutputFormat, Sampling
 
 MAX_ITEMS = 1000
 """Longest `prompts` or `loras` list that is read at all; it bounds the work of reading a hostile body."""
@@ -66,7 +66,7 @@ class LoraItem(_Part):
 
 
 class PromptItem(_Part):
-    """One picture of a request; null or absent means the model's default. Control images: base64 or URLs."""
+    """One picture or video of a request; null means the model's default. Control images: base64 or URLs."""
 
     prompt: Text
     trigger_word: Text | None = None
@@ -101,7 +101,7 @@ class InferenceRequest(_Part):
     hf_token: Annotated[Token | None, Field(repr=False)] = None
     kv_cache: bool | None = None
     match_target_res: bool | None = None
-    output_format: ImageFormat | None = None
+    output_format: OutputFormat | None = None
     sampling: Sampling | None = None
 
     @property

@@ -28,6 +28,12 @@ def numbered_else_main(fields: Sequence[str | None]) -> Choice:
     return Choice(_there(*numbered) or _there(main))
 
 
+def only_one(fields: Sequence[str | None]) -> Choice:
+    """As `numbered_else_main`, but none of several: the reference server then goes by the text alone."""
+    choice = numbered_else_main(fields)
+    return choice if len(choice.images) == 1 else Choice(())
+
+
 def first(fields: Sequence[str | None]) -> Choice:
     """Choose one image, the first that is there."""
     return Choice(_there(*fields)[:1])

@@ -10,6 +10,8 @@ from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Part,
 
 LLAMA = Checkpoint(repo="unsloth/Meta-Llama-3.1-8B-Instruct")
 
+O1 = Checkpoint(repo="HiDream-ai/HiDream-O1-Image")
+
 LLAMA_PARTS: Mapping[str, Part] = MappingProxyType(
     {
         "text_encoder_4": Part(class_name="transformers.LlamaForCausalLM", checkpoint=LLAMA),
@@ -82,7 +84,15 @@ ROWS = (
         family="hidream",
         title="HiDream-O1-Image",
         pipeline="deployments.pipelines.hidream_o1.HiDreamO1Pipeline",
-        checkpoint=Checkpoint(repo="HiDream-ai/HiDream-O1-Image", indexed=False),
+        checkpoint=O1,
+        parts={
+            "transformer": Part(
+                class_name="deployments.pipelines.hidream_o1.PixelTransformer", checkpoint=O1
+            ),
+            "tokenizer": Part(class_name="transformers.Qwen2Tokenizer", checkpoint=O1),
+        },
+        assembled=True,
+        scheduler=("FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 1000, "shift": 3.0}),
         steps=50,
         guidance=5.0,
         width=2048,

@@ -5,29 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 from deployments.catalog.choices import Choose, numbered_else_main
-from deployments.render import Sampling
+from deployments.render import ImageFormat, OutputFormat, Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A repository in diffusers layout, or without an index: one model at its top.
-
-    `variant` names the file variant that the reference loads.
-    """
+    """A repository in diffusers layout; `variant` names the file variant that the reference loads."""
 
     repo: str
     revision: str = "main"
     variant: str | None = None
     gated: bool = False
-    indexed: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A component loaded apart from the others: its class as `library.Class`, its folder ("" is the top)."""
+    """A component loaded apart from the others: its class by its dotted name, its folder ("" is the top)."""
 
     class_name: str
     checkpoint: Checkpoint
@@ -55,6 +51,27 @@ class ControlImages:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Video:
+    """What a model that makes videos makes by default, and the numbers of frames that it can make.
+
+    They are `least` and each `step` more; a request for another number gets the next lower one, but with
+    `multiples_go_up` one for a multiple of `step` gets `least` frames more. `formats` begin with the default.
+    """
+
+    frames: int = 41
+    fps: int = 16
+    least: int = 1
+    step: int = 4
+    multiples_go_up: bool = False
+    formats: tuple[OutputFormat, ...] = ("webp", "mp4")
+
+    def floor(self, frames: int) -> int:
+        """Return how many frames a request for `frames` gets."""
+        steps = (frames if self.multiples_go_up else frames - self.least) // self.step
+        return self.least + self.step * max(steps, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Preview:
     """How the trainer's own sample pictures differ: in a sentence, and as other values of the row's fields.
 
@@ -67,15 +84,18 @@ class Preview:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """One model id.
+    """One model id; it makes videos where it has a `video`, else pictures.
 
     `pipeline` and the scheduler's class are diffusers class names, `pipeline` one of ours with its module in
     front; `scheduler` replaces the repository's own.
-    `parts` are components from other repositories. Defaults are the reference server's: sizes in pixels,
-    floored to `divisor` in requests. `guidance_argument` is what the pipeline's call names guidance; the
-    negative prompt is passed where the call has one. `call_options` are passed to every call. `adjust`,
-    `arguments` and `during` name functions of the family's module in `pipelines`: the first changes the
-    loaded pipeline, the second adds arguments to its call, the third is a context manager around the call.
+    `image_pipeline` takes the place of `pipeline`, over the same components, for prompts with control images.
+    `parts` are components from other repositories; a model that is `assembled` has no other components.
+    `experts` are the components of the two transformers by their names in requests, if there are two.
+    Defaults are the reference server's: sizes in pixels, floored to `divisor` in requests.
+    `guidance_argument` is what the pipeline's call names guidance; the negative prompt is passed where the
+    call has one. `call_options` are passed to every call. `adjust`, `arguments` and `during` name functions
+    of the family's module in `pipelines`: the first changes the loaded pipeline, the second adds arguments to
+    its call, the third is a context manager around the call.
     `memory_gib` is the size of each part in bfloat16, `activations_gib` about what a prompt of the
     default size needs beside them. `licence` is the SPDX name or the licence's own.
     `preview` is there unless the trainer's previews differ by nothing but the rules for its prompts.
@@ -92,7 +112,10 @@ class ModelSpec:
     width: int = 1024
     height: int = 1024
     scheduler: tuple[str, Mapping[str, Any]] | None = None
+    image_pipeline: str | None = None
     parts: Mapping[str, Part] = field(default_factory=lambda: MappingProxyType({}))
+    assembled: bool = False
+    experts: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     load_options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     call_options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     guidance_argument: str = "guidance_scale"
@@ -104,7 +127,13 @@ class ModelSpec:
     memory_gib: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     activations_gib: float = 4.0
     licence: str = ""
+    video: Video | None = None
     preview: Preview | None = None
+
+    @property
+    def formats(self) -> tuple[OutputFormat, ...]:
+        """The file formats that it can be asked for, its default first."""
+        return self.video.formats if self.video else get_args(ImageFormat)
 
     def sampled(self, sampling: Sampling) -> ModelSpec:
         """Return the row that holds for a request's `sampling`; for a preview it may be another id's."""

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +29,9 @@ from deployments.loras.references import LoraFile, digest
 from deployments.loras.targets import Layout, Shape, Target, Targets
 
 _EXAMPLES = 3
+
+_Key: TypeAlias = tuple[str, str | None]
+"""A file's sha256, and the expert that it is for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +58,31 @@ class _Slot:
 
 
 class Adapters:
-    """Adapters of one pipeline by the sha256 of their file, bounded in bytes: the least recently used go."""
+    """Adapters of one pipeline by the sha256 of their file and the expert that it is for.
 
-    def __init__(self, pipeline: Any, device: torch.device, budget: int) -> None:  # noqa: ANN401 - any pipeline
+    `experts` are the components by their names in requests, where a pipeline has two transformers. `budget`
+    bounds the adapters' bytes: the least recently used go.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,  # noqa: ANN401 - any pipeline
+        device: torch.device,
+        budget: int,
+        experts: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self._device = device
         self._budget = budget
+        self._experts = experts
         self._layers = _layers_of(pipeline)
         self._targets = Targets(_layout(self._layers))
-        self._resident: OrderedDict[str, Adapter] = OrderedDict()
+        self._resident: OrderedDict[_Key, Adapter] = OrderedDict()
         self._slots: dict[Layer, _Slot] = {}
 
     @property
     def resident(self) -> frozenset[str]:
         """The sha256 of each resident adapter."""
-        return frozenset(self._resident)
+        return frozenset(sha256 for sha256, _ in self._resident)
 
     def activate(self, wanted: Sequence[tuple[LoraFile, float]]) -> list[str]:
         """Make exactly these adapters active, each with its multiplier; returns warnings.
@@ -75,18 +90,18 @@ class Adapters:
         A resident adapter is taken as it is, without looking at its file. Raises `JobFailure`
         (LORA_FORMAT_NOT_SUPPORTED, LORA_NO_MATCH, LORA_NOT_FOUND), and what was active stays so.
         """
-        in_use = dict.fromkeys(file.sha256 for file, _ in wanted)
+        in_use = dict.fromkeys(_key(file) for file, _ in wanted)
         for file, _ in wanted:
-            if file.sha256 not in self._resident:
-                self._resident[file.sha256] = self._load(file, in_use)
-            self._resident.move_to_end(file.sha256)
+            if _key(file) not in self._resident:
+                self._resident[_key(file)] = self._load(file, in_use)
+            self._resident.move_to_end(_key(file))
         for slot in self._slots.values():
             slot.parts = []
         for file, multiplier in wanted:
-            for layer, delta in self._resident[file.sha256].deltas.items():
+            for layer, delta in self._resident[_key(file)].deltas.items():
                 self._slot(layer).parts.append((delta, multiplier * delta.scale))
         self._make_room(0, in_use)
-        return [warning for sha256 in in_use if (warning := self._resident[sha256].warning)]
+        return [warning for key in in_use if (warning := self._resident[key].warning)]
 
     def drop(self) -> None:
         """Deactivate and forget every adapter."""
@@ -100,9 +115,10 @@ class Adapters:
             layer.register_forward_hook(self._slots[layer])
         return self._slots[layer]
 
-    def _load(self, file: LoraFile, in_use: Collection[str]) -> Adapter:
+    def _load(self, file: LoraFile, in_use: Collection[_Key]) -> Adapter:
         contents, tensors = _read(file)
-        targets = {stem: self._targets.find(stem) for stem in contents.modules}
+        expert = self._experts[file.expert] if file.expert else None
+        targets = {stem: self._targets.find(stem, expert) for stem in contents.modules}
         deltas: dict[Layer, Delta] = {}
         for stem, parts in group(tensors).items():
             target, module = targets[stem], contents.modules[stem]
@@ -129,13 +145,17 @@ class Adapters:
         placed = {layer: delta.to(self._device, layer.weight.dtype) for layer, delta in deltas.items()}
         return Adapter(placed, size, _warning(targets))
 
-    def _make_room(self, size: int, in_use: Collection[str]) -> None:
+    def _make_room(self, size: int, in_use: Collection[_Key]) -> None:
         """Drop least recently used adapters until `size` bytes fit into the budget; never one in use."""
         held = sum(adapter.bytes for adapter in self._resident.values())
-        for sha256 in [sha256 for sha256 in self._resident if sha256 not in in_use]:
+        for key in [key for key in self._resident if key not in in_use]:
             if held + size <= self._budget:
                 break
-            held -= self._resident.pop(sha256).bytes
+            held -= self._resident.pop(key).bytes
+
+
+def _key(file: LoraFile) -> _Key:
+    return file.sha256, file.expert
 
 
 def _read(file: LoraFile) -> tuple[Contents, dict[str, Tensor]]:

@@ -169,7 +169,8 @@ def shapes_of(model: Model) -> dict[str, Shape]:
     model_class = getattr(importlib.import_module(module), class_name)
     with torch.device("meta"):
         if issubclass(model_class, PreTrainedModel):
-            built = model_class(model_class.config_class(**model.config))
+            config_class: Any = model_class.config_class
+            built = model_class(config_class(**model.config))
         else:
             built = model_class(**model.config)
     layers = {path: layer for path, layer in built.named_modules() if isinstance(layer, Layer)}

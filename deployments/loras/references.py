@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 from urllib.parse import unquote
 
 from deployments.loras.peft_folder import CONFIG, WEIGHTS, config_beside
@@ -46,11 +46,13 @@ class LoraFile:
     """A LoRA file on this node: `sha256` (hex) names its content, `bytes` is its size.
 
     The content of weights with a configuration beside them is both, one after the other.
+    `expert` says which of a model's two transformers it is for, where it has two.
     """
 
     path: Path
     sha256: str
     bytes: int
+    expert: Literal["low", "high"] | None = None
 
 
 def resolve(root: Path, reference: str) -> Path:

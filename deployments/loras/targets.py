@@ -59,14 +59,19 @@ class Targets:
         self._layers = {name: _aliases(layers) for name, layers in layout.items()}
         self._swapped = {form for name in SWAPPED for form in (name, _flat(name))}
 
-    def find(self, stem: str) -> Target:
-        """Return the layers that a module's name in a file means."""
+    def find(self, stem: str, denoiser: str | None = None) -> Target:
+        """Return the layers that a module's name in a file means.
+
+        Of two transformers, files name the first whichever they are for; `denoiser` says which it is.
+        """
         component = self.denoiser
         for prefix, meant in _PREFIXES:
             if match := prefix.match(stem):
                 component = self._meant.get(meant) or match.expand(meant)
                 stem = stem[match.end() :]
                 break
+        if denoiser and component == self.denoiser:
+            component = denoiser
         name = stem.replace(".processor.", ".")
         layers = self._layers.get(component, {}).get(name, ())
         return Target(component, layers, bool(layers) and name in self._swapped)

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,6 +109,20 @@ class PixelTransformer(Qwen3VLPreTrainedModel):
         self.model = PixelModel(config)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> PixelTransformer:  # noqa: ANN401
+        """Load as transformers does.
+
+        Raises ValueError for a checkpoint that lacks tensors, as a plain Qwen3-VL does; they would be random.
+        """
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **options)
+        model, report = loaded
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(
+                f"the checkpoint is no HiDream-O1: it lacks {missing[0]} and {len(missing) - 1} more"
+            )
+        return model
+
     def forward(self, input_ids: Tensor, patches: Tensor, time: Tensor, rows: int) -> Tensor:
         """Predict the clean picture's patches [1, N, 3072] from noisy ones.
 
@@ -170,28 +183,11 @@ class HiDreamO1Pipeline(DiffusionPipeline):
         self,
         transformer: PixelTransformer,
         tokenizer: Qwen2Tokenizer,
-        scheduler: FlowMatchEulerDiscreteScheduler,
+        scheduler: FlowMatchEulerDiscreteScheduler | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, tokenizer=tokenizer, scheduler=scheduler)
         self.num_timesteps = 0
-
-    @classmethod
-    def from_pretrained(cls, directory: Path, *, dtype: torch.dtype, **_: object) -> HiDreamO1Pipeline:  # type: ignore[override]
-        """Load a checkpoint in the layout of transformers, one model at the top of the directory.
-
-        Raises ValueError for one that lacks tensors, as a plain Qwen3-VL does: transformers would draw them.
-        """
-        loaded: Any = PixelTransformer.from_pretrained(
-            directory, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-        transformer, report = loaded
-        if missing := sorted(report["missing_keys"]):
-            raise ValueError(
-                f"the checkpoint is no HiDream-O1: it lacks {missing[0]} and {len(missing) - 1} more"
-            )
-        tokenizer = Qwen2Tokenizer.from_pretrained(directory, local_files_only=True)
-        return cls(transformer, tokenizer, FlowMatchEulerDiscreteScheduler(shift=3.0))
 
     @torch.no_grad()
     def __call__(

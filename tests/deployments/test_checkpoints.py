@@ -93,11 +93,10 @@ import sys
 from pathlib import Path
 from deployments.catalog import Checkpoint, Part
 from deployments.checkpoints import Checkpoints
-repo, cache, what, folder = sys.argv[1:]
-checkpoint = Checkpoint(repo=repo, variant="fp16", indexed=what != "top")
-checkpoints = Checkpoints(None, Path(cache))
-if what == "part":
-    part = Part(class_name="diffusers.UNet2DConditionModel", checkpoint=checkpoint, folder=folder)
+checkpoint = Checkpoint(repo=sys.argv[1], variant="fp16")
+checkpoints, folders = Checkpoints(None, Path(sys.argv[2])), sys.argv[3:]
+if folders:
+    part = Part(class_name="diffusers.UNet2DConditionModel", checkpoint=checkpoint, folder=folders[0])
     found = checkpoints.locate_part(part)
 else:
     found = checkpoints.locate(checkpoint, without=["safety_checker"])
@@ -107,12 +106,10 @@ for file in sorted(found.directory.rglob("*.*")):
 """
 
 
-def locate(
-    repo: str, address: str, cache: Path, what: str = "whole", folder: str = ""
-) -> subprocess.CompletedProcess[str]:
-    """Run `Checkpoints` against a hub, in a process of its own: the address is read once."""
+def locate(repo: str, address: str, cache: Path, *folder: str) -> subprocess.CompletedProcess[str]:
+    """Run `Checkpoints` against a hub, for a part with a folder: the address is read once per process."""
     return subprocess.run(
-        [sys.executable, "-c", LOCATE, repo, cache, what, folder],
+        [sys.executable, "-c", LOCATE, repo, cache, *folder],
         env={**os.environ, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"},
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -135,22 +132,16 @@ def test_from_the_hub_only_needed_files_come(hub: tuple[str, str], tmp_path: Pat
 
 
 def test_of_a_part_only_its_folder_comes(hub: tuple[str, str], tmp_path: Path) -> None:
-    done = locate("org/name", hub[0], tmp_path, "part", "unet")
+    done = locate("org/name", hub[0], tmp_path, "unet")
     assert done.returncode == 0, done.stderr
     first, *files = done.stdout.splitlines()
     assert first == f"{COMMIT} None"
     assert "config.json" in files
     assert "model.safetensors" in files
     assert not any("old" in file or file.endswith(".bin") for file in files)
-    done = locate("org/name", hub[0], tmp_path, "part")
+    done = locate("org/name", hub[0], tmp_path, "")
     top = [file for file in done.stdout.splitlines()[1:] if "/" not in file]
     assert top == ["model.safetensors", "model_index.json"]
-
-
-def test_of_a_repository_without_an_index_the_top_comes(hub: tuple[str, str], tmp_path: Path) -> None:
-    done = locate("org/name", hub[0], tmp_path, "top")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"{COMMIT} None", "model.safetensors", "model_index.json"]
 
 
 def test_a_repository_that_the_hub_does_not_give_says_so(hub: tuple[str, str], tmp_path: Path) -> None:

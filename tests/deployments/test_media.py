@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from deployments.media import ImageRejected, Media, decode_base64, decode_control, encode
+from deployments.media import FILE_TYPES, ImageRejected, Media, decode_base64, decode_control, save
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 
@@ -26,21 +26,23 @@ def saved(image: Image.Image, format: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def test_png_keeps_every_pixel_and_carries_the_manifest() -> None:
+def test_png_keeps_every_pixel_and_carries_the_manifest(tmp_path: Path) -> None:
     manifest = {"seed": 42, "prompt": "ein Fuchs im Schnee, 狐"}
-    encoded = encode(Media(PIXELS), "png", manifest)
-    assert (encoded.content_type, encoded.extension) == ("image/png", "png")
-    assert (encoded.width, encoded.height) == (40, 24)
-    image = Image.open(io.BytesIO(encoded.data))
+    save(Media(PIXELS), "png", manifest, tmp_path / "0.png")
+    assert FILE_TYPES["png"] == ("png", "image/png")
+    assert Media(PIXELS).measures == {"width": 40, "height": 24}
+    image = Image.open(tmp_path / "0.png")
     assert np.array_equal(np.asarray(image), PIXELS)
     assert json.loads(image.text["lora-serve"]) == manifest  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("format", "extension"), [("jpeg", "jpg"), ("webp", "webp")])
-def test_lossy_formats_have_quality_95(format: Literal["jpeg", "webp"], extension: str) -> None:
-    encoded = encode(Media(PIXELS), format, {})
-    assert (encoded.content_type, encoded.extension) == (f"image/{format}", extension)
-    assert encoded.data == saved(Image.fromarray(PIXELS), format, quality=95)
+def test_lossy_formats_have_quality_95(
+    tmp_path: Path, format: Literal["jpeg", "webp"], extension: str
+) -> None:
+    save(Media(PIXELS), format, {}, tmp_path / "0")
+    assert FILE_TYPES[format] == (extension, f"image/{format}")
+    assert (tmp_path / "0").read_bytes() == saved(Image.fromarray(PIXELS), format, quality=95)
 
 
 def test_alpha_is_dropped_not_composited() -> None:

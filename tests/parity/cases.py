@@ -1,8 +1,8 @@
 """The golden cases: requests, the pictures that must come out, and the tiny checkpoints they run on.
 
 Each model id has a folder: `cases.json`, `preview.json` (requests with that `sampling`), `*.npy` (uint8,
-H x W x 3, before any encoding), `lora/` as LoRA root, `repos.json` from repository to the folder (or folders,
-put together) with its configs and tokenizers.
+H x W x 3 or F x H x W x 3, before any encoding), `lora/` as LoRA root, `repos.json` from repository to the
+folder (or folders, put together) with its configs and tokenizers.
 """
 
 from __future__ import annotations
@@ -31,13 +31,17 @@ def each(models: Iterable[str]) -> list[Any]:
 
 @dataclass(frozen=True)
 class Case:
-    """One request and its pictures, one per prompt; differences are in steps of 1/255."""
+    """One request and its pictures or videos, one per prompt; differences are in steps of 1/255.
+
+    `fps` are 0 for pictures.
+    """
 
     model: str
     name: str
     request: dict[str, Any]
     files: tuple[Path, ...]
     seeds: tuple[int, ...]
+    fps: tuple[int, ...]
     max_abs: float
     mean_abs: float
 
@@ -84,6 +88,7 @@ def _case(model: str, entry: dict[str, Any]) -> Case:
         request=entry["request"],
         files=tuple(FOLDER / model / one["file"] for one in expect),
         seeds=tuple(one["seed"] for one in expect),
+        fps=tuple(one.get("fps", 0) for one in expect),
         **entry["tolerance"],
     )
 

@@ -1,17 +1,21 @@
-"""The golden cases through the whole service: `serve run serve_config.yaml`, HTTP, PNG."""
+"""The golden cases through the whole service: `serve run serve_config.yaml`, HTTP, PNG and WEBP."""
 
 from __future__ import annotations
 
 import io
 import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
+from PIL import Image, ImageSequence
 
+from deployments.catalog import CATALOG
+from deployments.media import Media, save
 from tests.parity.cases import MODELS, Case, load_cases
 from tests.service import finished, free_port, serve_run, submit
 
@@ -41,23 +45,45 @@ def environment(folder: Path, checkpoints: Path) -> dict[str, str]:
 
 def post(client: httpx.Client, case: Case) -> str:
     loras = [{**lora, "path": f"{case.model}/{lora['path']}"} for lora in case.request["loras"]]
-    return submit(client, {**case.request, "loras": loras, "output_format": "png"})
+    exact = {} if CATALOG[case.model].video else {"output_format": "png"}
+    return submit(client, {**case.request, "loras": loras, **exact})
 
 
 def check(client: httpx.Client, case: Case, job_id: str) -> None:
     status = finished(client, job_id, timeout_s=400)
     assert status["status"] == "succeeded", status
     result = client.get(f"/v1/requests/{job_id}/result").json()
-    images = result["outputs"]["images"]
-    assert [image["seed"] for image in images] == list(case.seeds)
+    images, videos = result["outputs"]["images"], result["outputs"]["videos"]
+    assert [output["seed"] for output in (*images, *videos)] == list(case.seeds)
     assert result["metadata"]["warnings"] == []
+    if videos:
+        for video, file, fps in zip(videos, case.files, case.fps, strict=True):
+            check_video(client, video, np.load(file), fps)
+    else:
+        case.check(pixels(fetched(client, image))[0] for image in images)
+    first = (*images, *videos)[0]
+    assert Path(first["file_path"]).stat().st_size == first["bytes"]
 
-    def pixels(url: str) -> np.ndarray:
-        with Image.open(io.BytesIO(client.get(url).content)) as image:
-            return np.asarray(image)
 
-    case.check(pixels(image["url"]) for image in images)
-    assert Path(images[0]["file_path"]).stat().st_size == images[0]["bytes"]
+def fetched(client: httpx.Client, output: dict[str, Any]) -> io.BytesIO:
+    return io.BytesIO(client.get(output["url"]).content)
+
+
+def pixels(file: io.BytesIO | Path) -> np.ndarray:
+    """Decode a picture or an animation that Pillow reads: F x H x W x 3."""
+    with Image.open(file) as image:
+        return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
+
+
+def check_video(client: httpx.Client, video: dict[str, Any], golden: np.ndarray, fps: int) -> None:
+    """Check a video against its golden, which has to lose in the codec what the video has lost there."""
+    assert (video["num_frames"], video["height"], video["width"], 3) == golden.shape
+    assert (video["format"], video["fps"]) == ("webp", fps)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "golden.webp")
+        save(Media(golden, fps=fps), "webp", {}, file)
+        expected = pixels(file)
+    assert np.abs(pixels(fetched(client, video)).astype(int) - expected).mean() < 1
 
 
 def test_every_case_through_the_committed_config(tmp_path: Path, checkpoints: Path) -> None:

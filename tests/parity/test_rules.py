@@ -280,7 +280,8 @@ class Recording(Unwatched):
         self.told: list[object] = []
 
     def on_phase(self, phase: Phase) -> None:
-        self.told.append(phase)
+        if phase not in self.told[-1:]:  # It is told again of a phase that goes on.
+            self.told.append(phase)
 
     def on_step(self, done: int, total: int) -> None:
         self.told.append((done, total))

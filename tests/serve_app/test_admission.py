@@ -27,7 +27,10 @@ from tests.serve_app.conftest import base64_png, body, kontext_body, png
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("admission")
-    save_file({"a.lora_A.weight": np.ones((2, 4), np.float32)}, folder / "style.safetensors")
+    save_file(
+        {"a.lora_A.weight": np.ones((2, 4), np.float32), "a.lora_B.weight": np.ones((4, 2), np.float32)},
+        folder / "style.safetensors",
+    )
     return folder
 
 
@@ -39,7 +42,8 @@ def admitted(place: Path, request: dict[str, Any]) -> RenderSpec:
 @pytest.mark.parametrize("row", CATALOG.values(), ids=list(CATALOG))
 def test_defaults_are_those_of_the_row(place: Path, row: ModelSpec) -> None:
     image = {"ctrl_img": base64_png()} if row.control_images.least else {}
-    spec = admitted(place, body(model=row.id, prompt=image))
+    expert: dict[str, Any] = {"transformer": "high"} if row.experts else {}
+    spec = admitted(place, body(model=row.id, prompt=image, lora=expert))
     expected = PromptSpec(
         prompt="a red fox",
         neg="",
@@ -49,9 +53,12 @@ def test_defaults_are_those_of_the_row(place: Path, row: ModelSpec) -> None:
         guidance=row.guidance,
         seed=42,
         controls=(content_key(png()),) if image else (),
+        num_frames=row.video.frames if row.video else None,
+        fps=row.video.fps if row.video else None,
     )
-    lora = LoraSpec(path="style.safetensors", multiplier=1.0)
-    assert spec == RenderSpec(model=row.id, loras=(lora,), prompts=(expected,), output_format="jpeg")
+    lora = LoraSpec(path="style.safetensors", multiplier=1.0, **expert)
+    format_ = "webp" if row.video else "jpeg"
+    assert spec == RenderSpec(model=row.id, loras=(lora,), prompts=(expected,), output_format=format_)
 
 
 def test_null_means_default_everywhere(place: Path) -> None:
@@ -70,12 +77,20 @@ def test_own_values_are_kept(place: Path) -> None:
     assert spec.output_format == "png"
 
 
+def test_a_video_has_frames_and_a_picture_has_none(place: Path) -> None:
+    asked = {"num_frames": "8", "fps": 24}
+    (video,) = admitted(place, body(model="wan21_1b", prompt=asked, output_format="mp4")).prompts
+    assert (video.num_frames, video.fps) == (8, 24)
+    (picture,) = admitted(place, body(prompt=asked)).prompts
+    assert (picture.num_frames, picture.fps) == (None, None)
+
+
 @given(row=st.sampled_from(list(CATALOG.values())), width=st.integers(64, 4096), height=st.integers(64, 4096))
 def test_sizes_are_floored_to_the_divisor(place: Path, row: ModelSpec, width: int, height: int) -> None:
     image = {"ctrl_img": base64_png()} if row.control_images.least else {}
-    (prompt,) = admitted(
-        place, body(model=row.id, prompt={"width": width, "height": height, **image})
-    ).prompts
+    expert = {"transformer": "low"} if row.experts else {}
+    asked_for = {"width": width, "height": height, **image}
+    (prompt,) = admitted(place, body(model=row.id, prompt=asked_for, lora=expert)).prompts
     for asked, got in ((width, prompt.width), (height, prompt.height)):
         assert got % row.divisor == 0
         assert 0 <= asked - got < row.divisor

@@ -118,6 +118,44 @@ def test_a_job_from_queue_to_pictures(fresh: Service) -> None:
     assert second["seed"] == 7
 
 
+def test_a_video_tells_its_frames(fresh: Service) -> None:
+    claim = fresh.claim(fresh.submit(body(model="wan21_1b")))
+    output = {
+        "kind": "video",
+        "format": "webp",
+        "width": 64,
+        "height": 80,
+        "num_frames": 5,
+        "fps": 16,
+        "seed": 42,
+        "key": f"{claim.job.id}/1/0.webp",
+        "manifest_key": f"{claim.job.id}/1/0.json",
+        "sha256": "0" * 64,
+        "bytes": 7,
+    }
+    fresh.store.put(output["key"], b"a video", "image/webp")
+    fresh.queue.record_output(claim, 0, output)
+    fresh.queue.finish(claim, JobState.SUCCEEDED, result={})
+    outputs = fresh.result(claim.job.id)["outputs"]
+    (video,) = outputs["videos"]
+    assert outputs["images"] == []
+    file_path = str(fresh.settings.loras.parent / "outputs" / output["key"])
+    urls = {
+        "url": f"http://127.0.0.1:8000/outputs/{output['key']}",
+        "manifest_url": f"http://127.0.0.1:8000/outputs/{output['manifest_key']}",
+    }
+    told = {name: value for name, value in output.items() if not name.endswith(("kind", "key"))}
+    assert video == {**told, "file_path": file_path, **urls}
+    assert fresh.client.get(f"/outputs/{output['key']}").headers["content-type"] == "image/webp"
+
+
+def test_video_models_say_so(service: Service) -> None:
+    rows = {row["id"]: row for row in service.client.get("/v1/models").json()["models"]}
+    row = rows["wan21_1b"]
+    assert (row["is_video_model"], row["default_num_frames"], row["default_fps"]) == (True, 41, 16)
+    assert row["output_formats"] == ["webp", "mp4"]
+
+
 def test_recorded_outputs_stay_hidden_until_the_job_succeeded(fresh: Service) -> None:
     claim = fresh.claim(fresh.submit())
     fresh.queue.record_output(claim, 0, {"kind": "image"})

@@ -54,6 +54,16 @@ OTHERS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("RESOLUTION_NOT_SUPPORTED", body(prompt={"resolution": "High"}), {"model": "flux", "prompt_index": 0}),
     ("SECRET_KEY_REQUIRED", body(hf_token=SECRET), {}),
     (
+        "OUTPUT_FORMAT_NOT_SUPPORTED",
+        body(output_format="mp4"),
+        {"model": "flux", "supported": ["jpeg", "png", "webp"]},
+    ),
+    (
+        "OUTPUT_FORMAT_NOT_SUPPORTED",
+        body(model="wan21_1b", output_format="png"),
+        {"model": "wan21_1b", "supported": ["webp", "mp4"]},
+    ),
+    (
         "TOO_MANY_CONTROL_IMAGES",
         kontext_body(ctrl_img_1=base64_png(), ctrl_img_3=base64_png()),
         {"model": "flux_kontext", "prompt_index": 0, "most": 1},

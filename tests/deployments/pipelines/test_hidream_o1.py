@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLForConditionalGeneration
 
 from deployments.engine import Engine
 from deployments.loras.references import open_lora
 from deployments.pipelines.hidream_o1 import (
     NOISE_SCALE,
-    HiDreamO1Pipeline,
+    PixelTransformer,
     _positions,
     to_patches,
     to_pixels,
@@ -104,7 +105,14 @@ def test_in_bfloat16_the_picture_is_rounded_at_each_step_and_the_step_is_not(
     assert seen == [(torch.float32, torch.float32, True)] * 2
 
 
-def test_a_plain_qwen3_vl_is_refused(tmp_path: Path) -> None:
+def test_of_a_whole_checkpoint_what_draws_is_loaded(studio: Callable[[str], Studio], tmp_path: Path) -> None:
+    """The real one is a Qwen3-VL with a vision tower and `lm_head`, and O1's own tensors beside them."""
     materialize(GOLDEN / "checkpoint", tmp_path, Qwen3VLForConditionalGeneration)
+    file = tmp_path / "model.safetensors"
     with pytest.raises(ValueError, match=r"no HiDream-O1: it lacks model\.final_layer2"):
-        HiDreamO1Pipeline.from_pretrained(tmp_path, dtype=torch.float32)
+        PixelTransformer.from_pretrained(tmp_path)
+    drawing = studio("hidream_o1").engine._pipeline.transformer.state_dict()
+    save_file(load_file(file) | drawing, file, metadata={"format": "pt"})
+    loaded = PixelTransformer.from_pretrained(tmp_path).state_dict()
+    assert loaded.keys() == drawing.keys()
+    assert all(torch.equal(loaded[name], drawing[name]) for name in drawing)

@@ -1,0 +1,54 @@
+"""Wan: the control image that a video begins with, and how the trainer's previews differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+from transformers import CLIPImageProcessorPil
+
+from deployments.render import PromptSpec
+
+
+def image_arguments(_pipeline: Any, prompt: PromptSpec, controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401
+    """Arguments for the control image, if there is one: stretched to the video's size."""
+    size = (prompt.width, prompt.height)
+    return {"image": controls[0].resize(size, Image.Resampling.LANCZOS)} if controls else {}
+
+
+@contextmanager
+def trainer_s_boundary(pipeline: Any, _arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
+    """Hand over to the low-noise transformer where the trainer does, image to video or not."""
+    own = pipeline.config.boundary_ratio
+    pipeline.register_to_config(boundary_ratio=0.875)
+    try:
+        yield
+    finally:
+        pipeline.register_to_config(boundary_ratio=own)
+
+
+@contextmanager
+def trainer_s_resize(pipeline: Any, _arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
+    """Let CLIP see the control image as torchvision resizes it, which the trainer has installed."""
+    own = pipeline.image_processor
+    pipeline.image_processor = BytesProcessor.from_dict(own.to_dict())
+    try:
+        yield
+    finally:
+        pipeline.image_processor = own
+
+
+class BytesProcessor(CLIPImageProcessorPil):
+    """CLIP's image processor with torchvision's resize, which is torch's own on bytes."""
+
+    def resize(self, image: np.ndarray, size: Any, *_: object, **__: object) -> np.ndarray:  # noqa: ANN401
+        """Return an image uint8 [3, H, W] with its shorter side as `size` says, bicubic."""
+        _, *sides = image.shape
+        target = [int(size.shortest_edge * side / min(sides)) for side in sides]
+        pixels = torch.from_numpy(image)[None]
+        return functional.interpolate(pixels, target, mode="bicubic", antialias=True)[0].numpy()

@@ -1,0 +1,63 @@
+"""Videos to files, frame by frame: no second copy of all frames is ever held. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import numpy as np
+from PIL import Image
+
+
+def write_webp(frames: np.ndarray, fps: int, path: Path, moved: Callable[[], None]) -> None:
+    """Write an animated WEBP as the reference server does: Pillow's default quality, for ever.
+
+    `frames` are uint8, F x H x W x 3, shown for a whole number of milliseconds each. `moved` is called before
+    each frame, and may raise.
+    """
+    first, rest = Image.fromarray(frames[0]), _Frames(frames[1:], moved)
+    first.save(path, "WEBP", save_all=True, append_images=[rest], duration=int(1000 / fps), loop=0)
+
+
+def write_mp4(frames: np.ndarray, fps: int, path: Path, moved: Callable[[], None]) -> None:
+    """Write an MP4 as the reference server does: H.264 in 4:2:0, all else as libx264 has it by default.
+
+    `frames` are uint8, F x H x W x 3, both sides even. `moved` is called after each frame, and may raise.
+    Raises `OSError` where ffmpeg fails.
+    """
+    _, height, width, _ = frames.shape
+    size = (width, height)
+    # No quality of its own; None is not in the type of the parameter.
+    options: Any = {"codec": "libx264", "quality": None, "macro_block_size": 1}
+    writer = imageio_ffmpeg.write_frames(path, size, fps=fps, **options)
+    with closing(writer):
+        next(writer)
+        for frame in frames:
+            writer.send(np.ascontiguousarray(frame))
+            moved()
+    # The writer says nothing where ffmpeg fails at its end, when the disk is full for example.
+    try:
+        written, _ = imageio_ffmpeg.count_frames_and_secs(path)
+    except RuntimeError as error:
+        raise OSError("ffmpeg wrote no video") from error
+    if written != len(frames):
+        raise OSError(f"ffmpeg wrote {written} of {len(frames)} frames")
+
+
+class _Frames:
+    """Frames as Pillow reads an animation's: it seeks one, which then answers for everything else."""
+
+    def __init__(self, frames: np.ndarray, moved: Callable[[], None]) -> None:
+        self._frames = frames
+        self._moved = moved
+        self.n_frames = len(frames)
+
+    def seek(self, frame: int) -> None:
+        self._moved()
+        self._frame = Image.fromarray(self._frames[frame])
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever Pillow asks of an image
+        return getattr(self._frame, name)
