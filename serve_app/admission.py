@@ -44,7 +44,7 @@ def admit(request: InferenceRequest, settings: Settings, store: ObjectStore) -> 
     model = CATALOG.get(request.model)
     if model is None:
         raise Refusal(Code.MODEL_NOT_FOUND, supported_models=list(CATALOG))
-    references = _check_loras(request, settings)
+    references = _check_loras(request, model, settings)
     _check_control_images_are_there(request, model)
     _check_bounds(request, model, settings)
     _check_secrets(request, model, references)
@@ -68,32 +68,32 @@ def admit(request: InferenceRequest, settings: Settings, store: ObjectStore) -> 
     )
 
 
-def _check_loras(request: InferenceRequest, settings: Settings) -> list[str]:
+def _check_loras(request: InferenceRequest, model: ModelSpec, settings: Settings) -> list[str]:
     """Return the reference of each LoRA in its one form."""
     if not request.loras:
         raise _lora_refusal(Code.LORA_FILE_REQUIRED, request)
     if any(lora.transformer for lora in request.loras):
         raise _lora_refusal(Code.MOE_FORMAT_NOT_SUPPORTED, request)
-    if len(request.loras) > 1:
-        raise _lora_refusal(Code.SINGLE_LORA_ONLY, request)
-    return [_check_lora_file(request.loras[0].path, settings)]
+    most = settings.max_loras.get(model.id, 1)
+    if len(request.loras) > most:
+        raise _lora_refusal(Code.SINGLE_LORA_ONLY if most == 1 else Code.TOO_MANY_LORAS, request)
+    return [_check_lora_file(lora.path, settings) for lora in request.loras]
 
 
 def _lora_refusal(code: Code, request: InferenceRequest) -> Refusal:
     fields = {"path", "transformer", "network_multiplier"}
     return Refusal(
-        code, loras=[lora.model_dump(include=fields) | {"path": _shown(lora.path)} for lora in request.loras]
+        code, loras=[lora.model_dump(include=fields) | {"path": shown(lora.path)} for lora in request.loras]
     )
 
 
-def _shown(path: str) -> str:
-    """Leave of a URL only the scheme: user, query and path of one may be secrets."""
+def shown(path: str) -> str:
+    """Return what an answer may repeat of a reference: of a URL only the scheme, the rest may be secret."""
     url = _URL.match(path)
     return f"{url[0]}***" if url else path
 
 
 def _check_lora_file(path: str, settings: Settings) -> str:
-    shown = _shown(path)
     try:
         remote = parse(path)
         if remote is not None:
@@ -101,9 +101,11 @@ def _check_lora_file(path: str, settings: Settings) -> str:
             return remote.text
         judge(read_header(resolve(settings.loras, path)))
     except (LoraReferenceError, JobFailure) as error:
-        raise Refusal(Code[error.code], lora_path=shown, reason=str(error)) from error
+        raise Refusal(Code[error.code], lora_path=shown(path), reason=str(error)) from error
     except OSError as error:
-        raise Refusal(Code.LORA_NOT_FOUND, lora_path=shown, reason="The file cannot be read.") from error
+        raise Refusal(
+            Code.LORA_NOT_FOUND, lora_path=shown(path), reason="The file cannot be read."
+        ) from error
     return path
 
 

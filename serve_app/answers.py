@@ -206,10 +206,11 @@ class ModelAnswer(BaseModel):
     gated: bool
     licence: str
     output_formats: tuple[str, ...] = get_args(ImageFormat)
+    max_loras: int
 
     @classmethod
-    def of(cls, row: ModelSpec) -> Self:
-        """Describe a row of the catalogue."""
+    def of(cls, row: ModelSpec, max_loras: int) -> Self:
+        """Describe a row of the catalogue, of which requests may have `max_loras` LoRAs."""
         controls = row.control_images
         return cls(
             id=row.id,
@@ -225,6 +226,7 @@ class ModelAnswer(BaseModel):
             default_height=row.height,
             gated=row.checkpoint.gated,
             licence=row.licence,
+            max_loras=max_loras,
         )
 
 
