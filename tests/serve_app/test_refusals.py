@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from deployments.catalog import CATALOG
-from tests.serve_app.conftest import Service, base64_png, body, kontext_body, png
+from tests.serve_app.conftest import Service, base64_png, body, kontext_body, png, serving
 
 SECRET = "Sg7secret"
 
@@ -358,3 +358,19 @@ def test_a_refusal_is_json_whatever_the_path_holds(service: Service) -> None:
     path = "\u202e\x1b[31m\r\n\U0001f98a.safetensors"
     answer = service.post(body(lora={"path": path}))
     assert json.loads(answer.text)["detail"]["error"]["details"]["lora_path"] == path
+
+
+def test_more_loras_where_the_operator_allows_them(tmp_path: Path) -> None:
+    two = [{"path": "style.safetensors", "network_multiplier": 0.5}, {"path": "style.safetensors"}]
+    with serving(tmp_path, max_loras={"flux": 2}) as service:
+        job = service.queue.get(service.submit(body(loras=two)))
+        assert job is not None
+        assert [lora["multiplier"] for lora in job.spec["loras"]] == [0.5, 1.0]
+        code, details, status = refused(service, body(loras=[*two, two[0]]))
+        assert (code, status, len(details["loras"])) == ("TOO_MANY_LORAS", 400, 3)
+        assert (
+            refused(service, body(loras=[*two[:1], {"path": "missing.safetensors"}]))[0] == "LORA_NOT_FOUND"
+        )
+        assert refused(service, body(model="sdxl", loras=two))[0] == "SINGLE_LORA_ONLY"
+        models = {row["id"]: row["max_loras"] for row in service.client.get("/v1/models").json()["models"]}
+        assert (models["flux"], models["sdxl"]) == (2, 1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 
 from cluster.jobs import FailureCode, JobFailure
@@ -240,10 +243,11 @@ def check_refused(used: Studio, active: LoraFile, refused: LoraFile, code: Failu
     assert np.array_equal(used.picture(), picture)
 
 
-@pytest.mark.parametrize("model", ["flux", "sdxl", "zimage"])
+@pytest.mark.parametrize("model", ["flux", "sdxl", "flux2_klein_4b"])
 def test_base_weights_survive_any_sequence_of_switches(new_studio: Get, tmp_path: Path, model: str) -> None:
-    studio = new_studio(model, adapter_bytes=200_000)
-    weights, plain = weights_of(studio), studio.picture()
+    """Across dialects, ranks, LoKr and multipliers, alone and together, with refused files in between."""
+    studio = new_studio(model, adapter_bytes=BUDGET)
+    weights, plain, held = weights_of(studio), studio.picture(), held_bytes()
     modules = [[name for name, _ in part.named_modules()] for part in models_of(studio)]
     choice = random.Random(7)
     usable = [open_lora(studio.loras, name) for name in studio.names]
@@ -252,8 +256,11 @@ def test_base_weights_survive_any_sequence_of_switches(new_studio: Get, tmp_path
         for file in usable
         for rank in (1, 3)
     ]
+    usable += [
+        made(tmp_path, tensors, f"{name}.safetensors") for name, tensors in OTHER_DIALECTS[model].items()
+    ]
     useless = made(tmp_path, pair("transformer.nothing"))
-    for _ in range(200):
+    for turn in range(200):
         chosen = [(file, choice.uniform(-2, 2)) for file in choice.sample(usable, choice.randint(0, 2))]
         studio.engine.use(chosen)
         if choice.random() < 0.1:
@@ -261,11 +268,112 @@ def test_base_weights_survive_any_sequence_of_switches(new_studio: Get, tmp_path
                 studio.engine.use([*chosen, (useless, 1.0)])
         if choice.random() < 0.02:
             studio.picture()
+        if turn % 50 == 49:
+            in_use = sum(2 * file.bytes for file, _ in chosen)  # Of float16 in the file, float32 here.
+            assert held_bytes() <= held + BUDGET + in_use + SLACK
     studio.engine.use([])
+    assert np.array_equal(studio.picture(), plain)
     assert weights_of(studio) == weights
     assert [[name for name, _ in part.named_modules()] for part in models_of(studio)] == modules
     assert all(len(module._forward_hooks) <= 1 for part in models_of(studio) for module in part.modules())
-    assert np.array_equal(studio.picture(), plain)
+    studio.engine.drop_adapters()
+    assert held_bytes() <= held + SLACK
+
+
+BUDGET, SLACK = 200_000, 2_000
+"""Bytes of adapters that may stay resident; bytes of small things such as schedules."""
+
+
+def held_bytes() -> int:
+    """Bytes of all tensors that are alive."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def lokr(stem: str, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
+    w1, w2 = torch.ones(4, 4) / 8, torch.ones(outputs // 4, inputs // 4) / 8
+    return {f"{stem}.lokr_w1": w1, f"{stem}.lokr_w2": w2, f"{stem}.alpha": torch.tensor(torch.inf)}
+
+
+def kohya(stem: str, outputs: int, inputs: int, rank: int = 5) -> dict[str, torch.Tensor]:
+    down, up = torch.ones(rank, inputs) / 8, torch.ones(outputs, rank) / 8
+    return {
+        f"{stem}.lora_down.weight": down,
+        f"{stem}.lora_up.weight": up,
+        f"{stem}.alpha": torch.tensor(2.0),
+    }
+
+
+OTHER_DIALECTS = {
+    "flux": {
+        "lokr": lokr("transformer.single_transformer_blocks.0.attn.to_q", 32, 32),
+        "lycoris": lokr("lycoris_single_blocks_1_linear1", 224, 32),
+        "kohya": kohya("lora_unet_double_blocks_0_img_attn_qkv", 96, 32),
+    },
+    "sdxl": {
+        "kohya": kohya("lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q", 32, 32),
+        "lokr": lokr("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", 32, 32),
+    },
+    "flux2_klein_4b": {
+        "lokr": lokr("diffusion_model.double_blocks.0.txt_attn.qkv", 96, 32),
+        "kohya": kohya("lora_unet_double_blocks_1_img_attn_proj", 32, 32),
+    },
+}
+
+
+def test_a_load_leaves_the_models_where_they_are(new_studio: Get) -> None:
+    """As sequential offload places them: weights nowhere, but while their layer runs."""
+    studio = new_studio("flux")
+    loras = {studio.names[0]: 1.0}
+    plain, adapted = studio.render({}), studio.render(loras)
+    studio.engine.drop_adapters()
+    transformer = studio.engine._pipeline.transformer
+    cpu_offload(transformer, torch.device("cpu"))
+    placement = placement_of(transformer)
+    assert torch.device("meta") in placement["devices"]
+    for _ in range(2):
+        assert np.array_equal(studio.render(loras), adapted)
+        assert np.array_equal(studio.render({}), plain)
+    assert placement_of(transformer) == placement
+
+
+def placement_of(model: torch.nn.Module) -> dict[str, list[object]]:
+    return {
+        "devices": [parameter.device for parameter in model.parameters()],
+        "hooks": [getattr(module, "_hf_hook", None) for module in model.modules()],
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({"transformer.lora_alpha": 4}, 2.0),
+        ({"lora_alpha": 1}, 0.5),
+        ({"transformer.lora_alpha": 4, "transformer.use_rslora": True}, 4 / 2**0.5),
+        ({"transformer.lora_alpha": 9, "transformer.alpha_pattern": {"attn.to_q": 1}}, 0.5),
+        ({"text_encoder.lora_alpha": 9}, 1.0),
+        ({"transformer.lora_alpha": "many", "transformer.r": 8}, 1.0),
+    ],
+)
+def test_the_alpha_of_peft_s_metadata(
+    studio: Get, tmp_path: Path, config: dict[str, object], scale: float
+) -> None:
+    used = studio("flux")
+    tensors = {name: tensor / 8 for name, tensor in pair().items()}
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+    used.engine.use([(open_lora(tmp_path, "a.safetensors"), 0.5)])
+    stated = used.picture()
+    used.engine.use([(made(tmp_path, tensors), 0.5 * scale)])
+    assert np.array_equal(used.picture(), stated)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"transformer.use_dora": true}', '{"use_dora": true}'])
+def test_metadata_of_peft_that_are_refused(studio: Get, tmp_path: Path, text: str) -> None:
+    save_file(pair(), tmp_path / "a.safetensors", {"lora_adapter_metadata": text})
+    with pytest.raises(JobFailure) as caught:
+        studio("flux").engine.use([(open_lora(tmp_path, "a.safetensors"), 1.0)])
+    assert caught.value.code is FailureCode.LORA_FORMAT_NOT_SUPPORTED
 
 
 def models_of(studio: Studio) -> list[torch.nn.Module]:

@@ -31,6 +31,13 @@ PAIR = ("transformer.a.lora_A.weight", "transformer.a.lora_B.weight")
             ("text_encoder.a.lora_linear_layer.down.weight", "text_encoder.a.lora_linear_layer.up.weight"),
             Dialect.KOHYA,
         ),
+        (
+            (
+                "double_blocks.0.processor.qkv_lora1.down.weight",
+                "double_blocks.0.processor.qkv_lora1.up.weight",
+            ),
+            Dialect.KOHYA,
+        ),
         (("diffusion_model.a.lokr_w1", "diffusion_model.a.lokr_w2", "diffusion_model.a.alpha"), Dialect.LOKR),
         (("lycoris_a.lokr_w1_a", "lycoris_a.lokr_w1_b", "lycoris_a.lokr_w2"), Dialect.LOKR),
     ],

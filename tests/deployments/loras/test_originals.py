@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deployments.loras.architectures import Model, shapes_of
 from deployments.loras.references import open_lora
+from deployments.loras.targets import Targets
 from tests.studio import Studio, largest_difference
 
 Get = Callable[[str], Studio]
@@ -135,6 +137,19 @@ def test_kohya_flux_beyond_its_blocks(studio: Get, tmp_path: Path) -> None:
     pictures_are_equal(studio("flux"), tmp_path, ours, original)
 
 
+def test_lokr_of_shift_and_scale(studio: Get, tmp_path: Path) -> None:
+    """The last layer's halves of outputs are swapped in diffusers; a LoKr of it is swapped by its rows."""
+    generator = torch.Generator().manual_seed(0)
+    w1, w2 = torch.randn(4, 4, generator=generator), torch.randn(16, 8, generator=generator)
+    stem = "diffusion_model.final_layer.adaLN_modulation.1"
+    whole = torch.cat(torch.kron(w1, w2).chunk(2)[::-1])
+    ours = {
+        "transformer.norm_out.linear.lora_A.weight": whole,
+        "transformer.norm_out.linear.lora_B.weight": torch.eye(64),
+    }
+    pictures_are_equal(studio("flux"), tmp_path, ours, {f"{stem}.lokr_w1": w1, f"{stem}.lokr_w2": w2})
+
+
 def test_attention_processors_of_older_diffusers(studio: Get, tmp_path: Path) -> None:
     used = studio("sd15")
     kohya = {
@@ -158,3 +173,25 @@ def test_attention_processors_of_older_diffusers(studio: Get, tmp_path: Path) ->
     }
     processors = {name: scaled[old] for name, old in zip(processors, kohya, strict=True)}
     pictures_are_equal(used, tmp_path, scaled, processors)
+
+
+def test_wan_by_its_original_names() -> None:
+    config = {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "ffn_dim": 32,
+        "text_dim": 16,
+    }
+    model = Model("diffusers.WanTransformer3DModel", {**config, "image_dim": 16, "added_kv_proj_dim": 16})
+    shapes = shapes_of(model)
+    targets = Targets({"transformer": shapes})
+    attention = {f"self_attn.{name}" for name in "qkvo"} | {
+        f"cross_attn.{name}" for name in ("q", "k", "v", "o", "k_img", "v_img")
+    }
+    names = {f"blocks.{block}.{name}" for block in range(2) for name in (*attention, "ffn.0", "ffn.2")}
+    names |= {"time_embedding.0", "time_embedding.2", "time_projection.1", "head.head"}
+    names |= {"text_embedding.0", "text_embedding.2", "img_emb.proj.1", "img_emb.proj.3"}
+    for prefix, flat in (("diffusion_model.", False), ("lora_unet_", True)):
+        stems = [prefix + (name.replace(".", "_") if flat else name) for name in sorted(names)]
+        assert {path for stem in stems for path in targets.find(stem).layers} == set(shapes)
