@@ -103,6 +103,13 @@ def serve_run(config: str, port: int, folder: Path, environment: Mapping[str, st
         **os.environ,
         "RAY_TMPDIR": ray_folder,
         "RAY_AUTH_MODE": "disabled",
+        # Where RAY_SERVE_ENABLE_HA_PROXY=1 is set. Its socket's path is bounded as well.
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{ray_folder}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{ray_folder}/haproxy.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": ray_folder,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{ray_folder}/haproxy.state",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "BASE_URL": base_url,
         "DEVICE": "cpu",
         "HF_HUB_OFFLINE": "1",
