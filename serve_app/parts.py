@@ -20,8 +20,8 @@ from serve_app.settings import GatewayArgs
 from serve_app.waiting import Waiting
 
 THREADS = 8
-"""Requests that are admitted, or read the job table, at a time; those that wait for a commit or for the end of
-a job hold none. As many as a process has connections: more would fail when a turn for one takes too long."""
+"""Requests that are admitted, or read the job table, at a time; those that wait for a commit or for a job's
+end hold none. As many as a process has connections: more would fail when a turn for one takes too long."""
 
 PICTURE_THREADS = 2
 """Requests with control images that are admitted at a time: a decoded image takes up to 100 MB."""
