@@ -11,7 +11,8 @@ The last line is one JSON object; a ratio is the median over the rounds, of the 
 - `haproxy_over_default`: POST/s of 64 clients, HAProxy over the default proxy;
 - `post_over_nostore_64`: POST/s of 64 clients over the same with the insert left out, optimized;
 - `post_64_over_16`: POST/s of 64 clients over that of 16, optimized;
-- `lost`: ids that were answered with 200 and are in no table; `errors_5xx`: answers of 500 and above.
+- `lost`: ids that were answered with 200 and are in no table; `errors_5xx`: answers of 500 and above;
+- `reconnects`: connections that were closed as a request was sent on them, as by a proxy that reloads.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ class Bench:
         self.cells: dict[tuple[str, str, str, int], Cell] = defaultdict(Cell)
         self.lost = 0
         self.errors_5xx = 0
+        self.reconnects = 0
         self.urls = urls
         self._generator = generator
 
@@ -133,6 +135,7 @@ class Bench:
     def _note(self, cell: tuple[str, str, str, int], answers: Answers) -> None:
         errors = sum(count for status, count in answers.statuses.items() if status >= 500)
         self.errors_5xx += errors
+        self.reconnects += answers.reconnects
         good = answers.statuses.get(200, 0)
         assert good + errors == len(answers.seconds), f"{cell}: {answers.statuses}"
         self.cells[cell].rates.append(good / answers.took_s)
@@ -160,6 +163,7 @@ class Bench:
             "post_64_over_16": self.over(optimized, ("optimized", "", 16)),
             "lost": self.lost,
             "errors_5xx": self.errors_5xx,
+            "reconnects": self.reconnects,
         }
 
     def table(self) -> Table:

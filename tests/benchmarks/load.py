@@ -31,13 +31,14 @@ class Answers:
     seconds: list[float] = field(default_factory=list)
     statuses: dict[int, int] = field(default_factory=dict)
     ids: list[str] = field(default_factory=list)
+    reconnects: int = 0
 
 
 def drive(port: int, requests: Sequence[bytes], clients: int, duration_s: float) -> Answers:
     """Send `requests` in turns, each client the next when it has its answer; stop after `duration_s`.
 
-    Requests in flight at that time are still answered and counted. Raises `OSError` where a connection
-    breaks or nothing comes for `ANSWER_S` seconds.
+    Requests in flight at that time are still answered and counted. Raises `OSError` where an answer breaks
+    off, or nothing comes for `ANSWER_S` seconds.
     """
     answers, following, begun = Answers(), cycle(requests), time.perf_counter()
     with selectors.DefaultSelector() as selector:
@@ -60,23 +61,31 @@ def drive(port: int, requests: Sequence[bytes], clients: int, duration_s: float)
 
 class _Client:
     def __init__(self, port: int, selector: selectors.BaseSelector) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port))
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._port = port
         self._selector = selector
-        self._received = b""
-        self._sent_at = 0.0
-        selector.register(self._socket, selectors.EVENT_READ, self)
+        self._connect()
+
+    def _connect(self) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", self._port))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._selector.register(self._socket, selectors.EVENT_READ, self)
 
     def send(self, request: bytes) -> None:
+        self._request = request
         self._received = b""
         self._sent_at = time.perf_counter()
         self._socket.sendall(request)
 
     def receive(self, answers: Answers) -> bool:
         """Take what has come; True if that completes the answer."""
-        piece = self._socket.recv(65536)
+        try:
+            piece = self._socket.recv(65536)
+        except ConnectionResetError:
+            piece = b""
         if not piece:
-            raise ConnectionError("the server closed the connection")
+            self._send_again()
+            answers.reconnects += 1
+            return False
         self._received += piece
         head, _, body = self._received.partition(b"\r\n\r\n")
         length = _LENGTH.search(head)
@@ -88,6 +97,14 @@ class _Client:
         if status == 200:
             answers.ids += (found.decode() for found in _ID.findall(body))
         return True
+
+    def _send_again(self) -> None:
+        """Do as HTTP clients do when an idle connection was closed as they used it: a proxy has reloaded."""
+        if self._received:
+            raise ConnectionError("the server closed the connection within an answer")
+        self.close()
+        self._connect()
+        self._socket.sendall(self._request)
 
     def close(self) -> None:
         self._selector.unregister(self._socket)
