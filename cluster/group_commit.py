@@ -27,7 +27,7 @@ class GroupCommit:
     """Stores submissions on a thread of its own: what comes in during one commit is in the next.
 
     Callers only wait. One that stops waiting takes nothing along: its jobs are stored all the same, as those
-    of a client that does not read the answer.
+    of a client that does not read the answer, unless it cancels its future before their commit has begun.
     """
 
     def __init__(self, database: Database) -> None:
@@ -36,17 +36,20 @@ class GroupCommit:
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="group-commit")
 
-    def submit(self, new: Sequence[NewJob]) -> list[Job]:
-        """Store all of these jobs or none, as `submission.store`; they are on disk when this returns."""
+    def submit(self, new: Sequence[NewJob]) -> Future[list[Job]]:
+        """Store all of these jobs or none, as `submission.store`; on disk when the future is done."""
         mine = _Submission(new)
         with self._lock:
+            first = not self._waiting
             self._waiting.append(mine)
-        self._thread.submit(self._commit_waiting)
-        return mine.stored.result()
+        if first:
+            self._thread.submit(self._commit_waiting)
+        return mine.stored
 
     def _commit_waiting(self) -> None:
         with self._lock:
-            group, self._waiting = self._waiting, []
+            waiting, self._waiting = self._waiting, []
+        group = [each for each in waiting if each.stored.set_running_or_notify_cancel()]
         if group:
             self._commit(group)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 from sqlalchemy import Connection, RowMapping, and_, select
@@ -14,6 +14,8 @@ from cluster.schema import jobs, now
 from cluster.transitions import job_of, record
 
 _KEY = (jobs.c.tenant, jobs.c.idempotency_key)
+
+_FIELDS = [field.name for field in fields(NewJob)]
 
 
 def store(connection: Connection, insert: Insert, new: Sequence[NewJob]) -> list[Job]:
@@ -31,7 +33,7 @@ def store(connection: Connection, insert: Insert, new: Sequence[NewJob]) -> list
 
 def _row(job: NewJob) -> dict[str, Any]:
     empty = {"epoch": 0, "attempts": 0, "not_before": 0.0, "cancel_requested": False}
-    return asdict(job) | {"state": JobState.IN_QUEUE} | empty
+    return {name: getattr(job, name) for name in _FIELDS} | {"state": JobState.IN_QUEUE} | empty
 
 
 def _rows(connection: Connection, new: Sequence[NewJob]) -> list[RowMapping]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
 
 from cluster.jobs import JobFailure
 from cluster.objects import ObjectStore, content_key
@@ -122,7 +124,9 @@ def _check_lora_file(path: str, settings: Settings) -> str:
         if remote is not None:
             check(remote, parse_hosts(settings.fetch_hosts), settings.fetch_buckets)
             return remote.text
-        judge(read_header(resolve(settings.loras, path)))
+        file = resolve(settings.loras, path)
+        status = file.stat()
+        _check_header(file, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
     except (LoraReferenceError, JobFailure) as error:
         raise Refusal(Code[error.code], lora_path=shown(path), reason=str(error)) from error
     except OSError as error:
@@ -130,6 +134,12 @@ def _check_lora_file(path: str, settings: Settings) -> str:
             Code.LORA_NOT_FOUND, lora_path=shown(path), reason="The file cannot be read."
         ) from error
     return path
+
+
+@lru_cache(maxsize=65_536)
+def _check_header(file: Path, _device: int, _inode: int, _size: int, _mtime_ns: int) -> None:
+    """Judge a LoRA by its header, which takes milliseconds: once while inode, size and time stay the same."""
+    judge(read_header(file))
 
 
 def _check_control_images_are_there(choices: Sequence[Choice], model: ModelSpec) -> None:

@@ -267,3 +267,9 @@ class HealthAnswer(BaseModel):
     """Answer of `GET /health`."""
 
     status: Literal["healthy"] = "healthy"
+
+
+class ReadyAnswer(BaseModel):
+    """Answer of `GET /ready`."""
+
+    status: Literal["ready"] = "ready"

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from deployments.catalog import CATALOG
-from serve_app.numbers import GATEWAY_OPTIONS, worker_options
+from serve_app.numbers import GATEWAY_OPTIONS, HTTP_OPTIONS, worker_options
 from serve_app.settings import GatewayArgs
 
 _HEADER = """\
@@ -35,7 +35,7 @@ def render_config(models: Sequence[str]) -> str:
     jobs = GatewayArgs.model_fields["jobs"].default
     config = {
         "proxy_location": "EveryNode",
-        "http_options": {"host": "127.0.0.1", "port": 8000},
+        "http_options": HTTP_OPTIONS,
         "applications": [
             {
                 "name": "gateway",

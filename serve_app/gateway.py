@@ -5,22 +5,15 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager, closing
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Annotated, TypeVar
 
-import anyio
-from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse
 
-from cluster.connect import open_queue
-from cluster.database import jobs_url
 from cluster.jobs import Job, JobState
-from cluster.objects import ObjectStore, open_store
-from cluster.queue import JobQueue
 from cluster.secrets import can_seal
 from deployments.catalog import CATALOG
 from deployments.loras.inspection import Inspection
@@ -30,6 +23,7 @@ from serve_app.answers import (
     ModelAnswer,
     ModelsAnswer,
     Outputs,
+    ReadyAnswer,
     ResultAnswer,
     StatusAnswer,
     SubmitAnswer,
@@ -37,23 +31,13 @@ from serve_app.answers import (
 from serve_app.auth import SCHEME, KeyedRoute, Tenant, open_keys
 from serve_app.bounds import BoundedRoute
 from serve_app.errors import Code, Refusal, documented, install_handlers
-from serve_app.inspection import Inspector
-from serve_app.janitor import Janitor
 from serve_app.listing import MAX_LIMIT, read_page
+from serve_app.parts import Parts, open_parts
 from serve_app.schemas import InferenceRequest, InspectRequest
 from serve_app.settings import GatewayArgs
 from serve_app.submission import check_key, submit
-from serve_app.waiting import Waiting
 
 logger = logging.getLogger(__name__)
-
-DAY_S = 86_400.0
-
-PICTURE_THREADS = 2
-"""Requests with control images that are admitted at a time: a decoded image takes up to 100 MB."""
-
-INSPECTIONS = 4
-"""LoRAs that are inspected at a time: one from elsewhere keeps a thread for up to 20 s."""
 
 MAX_WAIT_S = 60.0
 
@@ -65,19 +49,6 @@ _MEDIA_TYPES = {
     ".webp": "image/webp",
     ".json": "application/json",
 }
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What the routes share in one process."""
-
-    settings: GatewayArgs
-    queue: JobQueue
-    store: ObjectStore
-    waiting: Waiting
-    pictures: anyio.CapacityLimiter
-    inspector: Inspector
-    inspections: anyio.CapacityLimiter
 
 
 async def _parts(request: Request) -> Parts:
@@ -123,21 +94,7 @@ def create_app(settings: GatewayArgs) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if keys is None:
             logger.warning("the service is open: without API_KEYS it is for everybody who reaches its port")
-        with ExitStack() as stack:
-            store = await run_sync(open_store, settings.outputs)
-            opened = partial(open_queue, jobs_url(settings.jobs), run_timeout_s=settings.inference_timeout_s)
-            queue = stack.enter_context(closing(await run_sync(opened)))
-            stack.enter_context(closing(Janitor(queue, store, settings.retention_days * DAY_S)))
-            waiting = stack.enter_context(closing(Waiting(queue)))
-            app.state.parts = Parts(
-                settings,
-                queue,
-                store,
-                waiting,
-                pictures=anyio.CapacityLimiter(PICTURE_THREADS),
-                inspector=Inspector(settings),
-                inspections=anyio.CapacityLimiter(INSPECTIONS),
-            )
+        async with open_parts(settings) as app.state.parts:
             yield
 
     app = FastAPI(
@@ -170,10 +127,7 @@ async def submit_request(
 ) -> SubmitAnswer:
     """Store a request and answer at once; a worker renders it."""
     check_key(idempotency_key)
-    limiter = parts.pictures if any(any(prompt.control_images) for prompt in body.prompts) else None
-    job = await run_sync(
-        submit, body, idempotency_key, tenant, parts.settings, parts.queue, parts.store, limiter=limiter
-    )
+    job = await submit(body, idempotency_key, tenant, parts)
     return SubmitAnswer.of(job, parts.settings.base_url)
 
 
@@ -187,7 +141,7 @@ async def list_requests(
     cursor: Annotated[str | None, Query(description="`next_cursor` of the page before")] = None,
 ) -> ListAnswer:
     """List your requests, newest first."""
-    return await run_sync(read_page, parts.queue, tenant, state, model, limit, cursor)
+    return await parts.run(partial(read_page, parts.queue, tenant, state, model, limit, cursor))
 
 
 @v1.get("/requests/{request_id}/status", responses=documented(404, 503))
@@ -211,7 +165,7 @@ async def cancel_request(
     request_id: RequestId, tenant: Tenant, parts: Shared, response: Response
 ) -> StatusAnswer:
     """Cancel a request: at once while it is queued (200), within one step while it runs (202)."""
-    answer = await run_sync(_cancel, request_id, tenant, parts)
+    answer = await parts.run(partial(_cancel, request_id, tenant, parts))
     if answer.status is not JobState.CANCELED:
         response.status_code = 202
     return answer
@@ -220,7 +174,7 @@ async def cancel_request(
 @v1.post("/loras/inspect", responses=documented(400, 413, 502))
 async def inspect_lora(body: InspectRequest, parts: Shared) -> Inspection:
     """Tell what a LoRA is and which models it fits; nothing is stored."""
-    return await run_sync(parts.inspector.inspect, body.path, body.hf_token, limiter=parts.inspections)
+    return await parts.run(partial(parts.inspector.inspect, body.path, body.hf_token), parts.inspections)
 
 
 @v1.get("/models")
@@ -236,10 +190,17 @@ async def check_health() -> HealthAnswer:
     return HealthAnswer()
 
 
+@public.get("/ready", responses=documented(503))
+async def check_ready(parts: Shared) -> ReadyAnswer:
+    """Tell that jobs can be stored now."""
+    await parts.run(parts.queue.check)
+    return ReadyAnswer()
+
+
 @public.get("/outputs/{key:path}", response_class=FileResponse, responses=documented(404))
 async def read_output(key: str, parts: Shared) -> FileResponse:
     """Send a picture or manifest from the local output directory; S3 serves its objects itself."""
-    path = await run_sync(parts.store.local_path, key)
+    path = await parts.run(partial(parts.store.local_path, key))
     if path is None:
         raise Refusal(Code.OUTPUT_NOT_FOUND)
     media_type = _MEDIA_TYPES.get(path.suffix, "application/octet-stream")
@@ -249,13 +210,13 @@ async def read_output(key: str, parts: Shared) -> FileResponse:
 async def _when_ended(read: Callable[[], Answer], request_id: str, parts: Parts, wait_s: float) -> Answer:
     """Read now; if the job goes on, read again when it has ended or `wait_s` seconds have passed."""
     if not wait_s:
-        return await run_sync(read)
+        return await parts.run(read)
     with parts.waiting.end_of(request_id) as end:
-        answer = await run_sync(read)
+        answer = await parts.run(read)
         if answer.status.terminal:
             return answer
         await end.wait(wait_s)
-        return await run_sync(read)
+        return await parts.run(read)
 
 
 def _job(request_id: str, tenant: str, parts: Parts) -> Job:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
+from functools import partial
 
 from cluster.jobs import IdempotencyConflict, Job, NewJob
-from cluster.objects import ObjectStore
-from cluster.queue import JobQueue
 from cluster.secrets import seal
 from deployments.render import split_secrets
 from serve_app.admission import admit
-from serve_app.auth import OPEN_TENANT
 from serve_app.errors import Code, Refusal
+from serve_app.parts import Parts
 from serve_app.schemas import InferenceRequest
-from serve_app.settings import GatewayArgs
 
 MAX_KEY_CHARS = 255
 
@@ -24,35 +23,43 @@ def check_key(key: str | None) -> None:
         raise Refusal(Code.IDEMPOTENCY_KEY_INVALID)
 
 
-def submit(
-    request: InferenceRequest,
-    key: str | None,
-    tenant: str,
-    settings: GatewayArgs,
-    queue: JobQueue,
-    store: ObjectStore,
-) -> Job:
+async def submit(request: InferenceRequest, key: str | None, tenant: str, parts: Parts) -> Job:
     """Admit and store a request of `tenant`; the job is on disk when this returns.
 
     An idempotency key that was used with the same body answers with the earlier job, whatever became of the
-    files that body names, and however many jobs are waiting. Blocking. Raises `Refusal`, `StoreUnavailable`
-    and `StoreError`.
+    files that body names, and however many jobs are waiting. Raises `Refusal`, `StoreUnavailable` and
+    `StoreError`.
     """
+    threads = (
+        parts.pictures if any(any(prompt.control_images) for prompt in request.prompts) else parts.threads
+    )
+    admitted = await parts.run(partial(_admit, request, key, tenant, parts), threads)
+    if isinstance(admitted, Job):
+        return admitted
+    try:
+        (job,) = await asyncio.wrap_future(parts.queue.submit_soon([admitted]))
+    except IdempotencyConflict:
+        raise Refusal(Code.IDEMPOTENCY_KEY_REUSED) from None
+    return job
+
+
+def _admit(request: InferenceRequest, key: str | None, tenant: str, parts: Parts) -> NewJob | Job:
+    """Return the job to store, or the earlier one of the same key."""
     # Before the look for a twin: one that is stored in between, and fills the queue, is found.
-    full = _queue_is_full(tenant, settings, queue)
+    full = parts.backlog.enter(tenant)
     fingerprint = None
     if key is not None:
         fingerprint = request.fingerprint
-        earlier = queue.find(tenant, key)
+        earlier = parts.queue.find(tenant, key)
         if earlier is not None:
             if earlier.fingerprint != fingerprint:
                 raise Refusal(Code.IDEMPOTENCY_KEY_REUSED)
             return earlier
     if full is not None:
         raise full
-    spec, queries = split_secrets(admit(request, settings, store))
+    spec, queries = split_secrets(admit(request, parts.settings, parts.store))
     secrets = {name: value for name, value in (("hf_token", request.hf_token), ("queries", queries)) if value}
-    job = NewJob(
+    return NewJob(
         id=str(uuid.uuid4()),
         model=spec.model,
         spec=spec.model_dump(mode="json"),
@@ -62,17 +69,3 @@ def submit(
         fingerprint=fingerprint,
         secret=seal(secrets) if secrets else None,
     )
-    try:
-        return queue.submit([job])[0]
-    except IdempotencyConflict:
-        raise Refusal(Code.IDEMPOTENCY_KEY_REUSED) from None
-
-
-def _queue_is_full(tenant: str, settings: GatewayArgs, queue: JobQueue) -> Refusal | None:
-    """Return the refusal of one more job, None while there is room; an open service has no key to bound."""
-    queued, own = queue.waiting(tenant)
-    if queued >= settings.max_queued:
-        return Refusal(Code.TOO_MANY_QUEUED, bound="max_queued", most=settings.max_queued)
-    if tenant != OPEN_TENANT and own >= settings.max_queued_per_key:
-        return Refusal(Code.TOO_MANY_QUEUED, bound="max_queued_per_key", most=settings.max_queued_per_key)
-    return None

@@ -102,10 +102,21 @@ def serve_run(config: str, port: int, folder: Path, environment: Mapping[str, st
     file = folder / "serve_config.yaml"
     file.write_text(config)
     base_url = f"http://127.0.0.1:{port}"
+    replica_port = free_port()
     env = {
         **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
         "RAY_TMPDIR": ray_folder,
         "RAY_AUTH_MODE": "disabled",
+        # Where RAY_SERVE_ENABLE_HA_PROXY=1 is set. Its socket's path is bounded as well.
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{ray_folder}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{ray_folder}/haproxy.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": ray_folder,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{ray_folder}/haproxy.state",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        # Its replicas' ports: on the usual ones a service beside this one would take its requests.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replica_port),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replica_port + 100),
         "BASE_URL": base_url,
         "DEVICE": "cpu",
         "HF_HUB_OFFLINE": "1",

@@ -18,6 +18,7 @@ from cluster.database import Insert
 from cluster.jobs import IdempotencyConflict, Job, NewJob, StoreUnavailable
 from cluster.queue import JobQueue
 from tests.cluster.tables import locked, new_job, submit
+from tests.service import wait_until
 
 THREADS = 16
 
@@ -138,3 +139,15 @@ def test_an_outage_fails_all_and_is_over_for_the_next(
     assert queue.depths() == {}
     submit(queue, "a")
     assert queue.depths()["flux"].queued == 1
+
+
+def test_a_future_that_is_canceled_before_its_commit_stores_nothing(queue: JobQueue, url: str) -> None:
+    new = [new_job() for _ in range(3)]
+    with locked(url):
+        running = queue.submit_soon([new[0]])
+        wait_until(running.running, 5, "the begin of the first commit")
+        canceled, beside = queue.submit_soon([new[1]]), queue.submit_soon([new[2]])
+        assert canceled.cancel()
+        assert not running.cancel(), "its commit has begun"
+    assert [future.result(timeout=10)[0].id for future in (running, beside)] == [new[0].id, new[2].id]
+    assert queue.get(new[1].id) is None

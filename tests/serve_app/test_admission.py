@@ -6,6 +6,7 @@ import base64
 import io
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,6 +17,7 @@ from cluster.objects import DirectoryStore, content_key
 from deployments.catalog import CATALOG, ModelSpec
 from deployments.render import LoraSpec, PromptSpec, RenderSpec
 from serve_app.admission import admit
+from serve_app.errors import Refusal
 from serve_app.schemas import InferenceRequest
 from serve_app.settings import Settings
 from tests.serve_app.conftest import admitted, base64_png, body, kontext_body, png
@@ -205,3 +207,14 @@ def test_the_url_of_a_control_image_is_kept(place: Path) -> None:
     # A model that takes none does not even look at it.
     spec = admitted(place, body(prompt={"ctrl_img": "http://127.0.0.1/a.png?secret"}))
     assert spec.prompts[0].controls == ()
+
+
+def test_a_lora_that_changes_is_judged_anew(place: Path) -> None:
+    file = place / "style.safetensors"
+    admitted(place, body())
+    good = file.read_bytes()
+    file.write_bytes(good[:-1])
+    with pytest.raises(Refusal):
+        admitted(place, body())
+    file.write_bytes(good)
+    admitted(place, body())

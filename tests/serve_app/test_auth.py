@@ -104,7 +104,7 @@ def test_what_needs_no_key(keyed: Service, stranger: httpx.Client) -> None:
     keyed.publish(claim)
     (image,) = keyed.result(claim.job.id)["outputs"]["images"]
     output = image["url"].removeprefix("http://127.0.0.1:8000")
-    for path in ("/health", "/docs", "/redoc", "/openapi.json", output):
+    for path in ("/health", "/ready", "/docs", "/redoc", "/openapi.json", output):
         assert stranger.get(path).status_code == 200, path
 
 

@@ -266,6 +266,7 @@ def test_the_description_is_valid_and_complete(service: Service) -> None:
         "/v1/requests",
         "/v1/models",
         "/health",
+        "/ready",
         "/outputs/{key}",
     }
     schemas = description["components"]["schemas"]

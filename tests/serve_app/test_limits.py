@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -10,7 +11,12 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import Connection
 
+from cluster import reports
+from serve_app import backlog
+from serve_app.backlog import COUNT_S
+from tests.cluster.tables import new_job
 from tests.serve_app.conftest import Service, body, kontext_body, serving
 
 ALICE = {"Authorization": "Bearer alices-key"}
@@ -104,3 +110,29 @@ def test_prompts_of_a_request_are_bounded_by_a_setting(tmp_path: Path) -> None:
         assert service.post(body(prompts=[{"prompt": "a"}] * 2)).status_code == 200
         error = service.post(body(prompts=[{"prompt": "a"}] * 3)).json()["detail"]["error"]
         assert (error["code"], error["details"]) == ("TOO_MANY_PROMPTS", {"prompts": 3, "most": 2})
+
+
+def test_a_bound_counts_what_came_past_this_gateway_after_a_second(tmp_path: Path) -> None:
+    with limited(tmp_path, in_all=100, per_key=2) as service:
+        service.submit()
+        service.queue.submit([new_job(tenant="alice")])
+        time.sleep(COUNT_S)
+        assert_full(service, service.post(body()), "max_queued_per_key", 2)
+
+
+def test_a_queue_is_not_counted_for_every_submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = []
+    really = reports.waiting
+
+    def waiting(connection: Connection, tenant: str) -> tuple[int, int]:
+        counted.append(tenant)
+        return really(connection, tenant)
+
+    monkeypatch.setattr(reports, "waiting", waiting)
+    monkeypatch.setattr(backlog, "COUNT_S", 60.0)
+    with limited(tmp_path, in_all=100, per_key=10) as service:
+        for _ in range(10):
+            service.submit()
+        assert counted == ["alice"]
+        assert_full(service, service.post(body()), "max_queued_per_key", 10)
+        assert counted == ["alice", "alice"], "a refusal comes of a new count"
