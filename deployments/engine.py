@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +20,7 @@ import torch
 import transformers
 from PIL import Image
 
-from cluster.jobs import Phase
+from cluster.jobs import FailureCode, JobFailure, Phase
 from deployments.catalog import ModelSpec, Part
 from deployments.checkpoints import Checkpoints, Located
 from deployments.loras.adapters import Adapters
@@ -83,6 +84,8 @@ class Engine:
         absent = [name for name, value in self.spec.load_options.items() if value is None]
         self._located = self._checkpoints.locate(self.spec.checkpoint, without=[*absent, *self.spec.parts])
         diffusers.utils.logging.disable_progress_bar()
+        # Their warnings quote prompts.
+        logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
         transformers.utils.logging.disable_progress_bar()
         # Transformers initialises some parts at random before it reads their weights.
         with torch.random.fork_rng(devices=[]):
@@ -118,7 +121,10 @@ class Engine:
         return self._loaded_adapters.activate(loras)
 
     def render(self, prompt: PromptSpec, controls: Sequence[Image.Image], observer: Observer) -> Media:
-        """Render one prompt with the active adapters. Models without control images ignore `controls`."""
+        """Render one prompt with the active adapters. Models without control images ignore `controls`.
+
+        Raises `JobFailure` (OUTPUT_NOT_FINITE) where the numbers overflow.
+        """
 
         def after_step(_pipeline: object, step: int, *_: object) -> dict[str, Any]:
             if step == 0:
@@ -133,7 +139,7 @@ class Engine:
             output = self._pipeline(
                 **self._arguments(prompt, controls), callback_on_step_end=after_step, output_type="np"
             )
-        return Media((output.images[0] * 255).round().astype(np.uint8))
+        return Media(_to_bytes(output.images[0]))
 
     @property
     def warm(self) -> frozenset[str]:
@@ -216,6 +222,14 @@ class Engine:
 
     def _family_function(self, name: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(f"deployments.pipelines.{self.spec.family}"), name)
+
+
+def _to_bytes(values: np.ndarray) -> np.ndarray:
+    """Return a picture of 0..1 as uint8, rounded; raises `JobFailure` for one that is no numbers."""
+    if not np.isfinite(values).all():
+        message = "the picture came out as infinite or no numbers: the LoRA is too strong for the model"
+        raise JobFailure(FailureCode.OUTPUT_NOT_FINITE, message)
+    return (values * 255).round().astype(np.uint8)
 
 
 _PACKAGES = ("lora-serve", "torch", "diffusers", "transformers")
