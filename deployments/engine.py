@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,6 +21,7 @@ import torch
 import transformers
 from PIL import Image
 
+from cluster.jobs import FailureCode, JobFailure
 from deployments.catalog import ModelSpec, Part
 from deployments.checkpoints import Checkpoints, Located
 from deployments.loras.adapters import Adapters
@@ -71,6 +73,8 @@ class Engine:
         """
         _be_deterministic()
         diffusers.utils.logging.disable_progress_bar()
+        # Their warnings quote prompts.
+        logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
         transformers.utils.logging.disable_progress_bar()
         # Transformers initialises some parts at random before it reads their weights.
         with torch.random.fork_rng(devices=[]):
@@ -97,7 +101,10 @@ class Engine:
         return self._loaded_adapters.activate(loras)
 
     def render(self, prompt: PromptSpec, controls: Sequence[Image.Image], observer: Observer) -> Media:
-        """Render one prompt with the active adapters. Models without control images ignore `controls`."""
+        """Render one prompt with the active adapters. Models without control images ignore `controls`.
+
+        Raises `JobFailure` (OUTPUT_NOT_FINITE) where the numbers overflow.
+        """
         pipeline = self._pipeline_for(controls)
         progress = Progress(observer)
         with torch.inference_mode(), progress.of_pieces(pipeline.components.get("vae")):
@@ -269,7 +276,10 @@ def _make_scheduler(class_name: str, config: Mapping[str, Any]) -> Any:  # noqa:
 
 
 def _to_bytes(values: np.ndarray) -> np.ndarray:
-    """Return a picture of 0..1 as uint8, rounded."""
+    """Return a picture of 0..1 as uint8, rounded; raises `JobFailure` for one that is no numbers."""
+    if not np.isfinite(values).all():
+        message = "the picture came out as infinite or no numbers: the LoRA is too strong for the model"
+        raise JobFailure(FailureCode.OUTPUT_NOT_FINITE, message)
     return (values * 255).round().astype(np.uint8)
 
 

@@ -37,9 +37,7 @@ Returned = TypeVar("Returned")
 
 @dataclass(frozen=True)
 class Parts:
-    """What the routes share. `pictures` are the threads that may decode control images, `inspections` those
-    that may fetch headers of LoRAs.
-    """
+    """What the routes share. `pictures` are threads that may decode images, `inspections` fetch headers."""
 
     settings: GatewayArgs
     queue: JobQueue

@@ -28,6 +28,11 @@ class PostgresServer:
         """The process id of the server, parent of those that serve connections."""
         return self._server.get_postmaster_info().pid
 
+    @property
+    def folder(self) -> Path:
+        """Where the server keeps everything, its log included."""
+        return Path(self._server.pgdata)
+
     def create(self) -> str:
         """Make an empty database; return its URL."""
         name = f"jobs_{uuid.uuid4().hex}"

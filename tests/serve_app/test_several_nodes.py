@@ -79,7 +79,7 @@ def nodes(
             # Both nodes have one address here.
             ports = {"RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(back_port)}
             cluster.add_node(num_cpus=2, resources={"back": 1}, env_vars=ports)
-            yield Nodes(cluster.address, folders, jobs, outputs, back_port)
+            yield Nodes(str(cluster.address), folders, jobs, outputs, back_port)
         finally:
             cluster.shutdown()
             database.close()
