@@ -183,8 +183,7 @@ class Engine:
     def _load_part(self, name: str, part: Part) -> Any:  # noqa: ANN401 - a model or a tokenizer
         located = self._checkpoints.locate_part(part)
         self._parts[name] = f"{part.checkpoint.repo}@{located.revision}"
-        library, class_name = part.class_name.split(".")
-        part_class = getattr(importlib.import_module(library), class_name)
+        part_class = _named(part.class_name)
         is_model = issubclass(part_class, torch.nn.Module)
         options = {"dtype": self._dtype, "use_safetensors": True} if is_model else {}
         return part_class.from_pretrained(located.directory, local_files_only=True, **options)
@@ -215,7 +214,12 @@ class Engine:
         return arguments
 
     def _family_function(self, name: str) -> Callable[..., Any]:
-        return getattr(importlib.import_module(f"deployments.pipelines.{self.spec.family}"), name)
+        return _named(f"deployments.pipelines.{name if '.' in name else f'{self.spec.family}.{name}'}")
+
+
+def _named(path: str) -> Any:  # noqa: ANN401 - a class or a function
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 _PACKAGES = ("lora-serve", "torch", "diffusers", "transformers")

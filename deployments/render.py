@@ -31,7 +31,8 @@ class LoraSpec(BaseModel):
 class PromptSpec(BaseModel):
     """One picture of a job, every default resolved; `controls` are object store keys or URLs of images.
 
-    Width and height are pixels, already floored to the model's divisor; `seed` is in [0, 2**64).
+    Width and height are pixels, already floored to the model's divisor; `seed` is in [0, 2**64). `options`
+    are the model's own switches.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -44,6 +45,7 @@ class PromptSpec(BaseModel):
     guidance: float
     seed: int
     controls: tuple[str, ...] = ()
+    options: dict[str, bool] = {}
 
 
 class RenderSpec(BaseModel):

@@ -195,7 +195,13 @@ def _resolve_prompt(
         guidance=model.guidance if prompt.guidance_scale is None else prompt.guidance_scale,
         seed=_seed(prompt.seed, index),
         controls=controls,
+        options={name: _option(request, name, default) for name, default in model.options.items()},
     )
+
+
+def _option(request: InferenceRequest, name: str, default: bool) -> bool:
+    sent: bool | None = getattr(request, name)
+    return default if sent is None else sent
 
 
 def _text(request: InferenceRequest, prompt: PromptItem) -> str:

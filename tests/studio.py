@@ -27,7 +27,8 @@ class Studio:
     def prompt(self, **fields: Any) -> PromptSpec:
         """Return a small prompt with some fields of its own."""
         defaults = {"prompt": "a red bicycle", "neg": "", "width": 96, "height": 64, "steps": 2, "seed": 5}
-        return PromptSpec(**{**defaults, "guidance": self.engine.spec.guidance, **fields})
+        spec = self.engine.spec
+        return PromptSpec(**{**defaults, "guidance": spec.guidance, "options": dict(spec.options), **fields})
 
     def picture(self, **fields: Any) -> np.ndarray:
         """Return the picture of one prompt with what is active now, uint8 H x W x 3."""

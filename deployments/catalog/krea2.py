@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from deployments.catalog.spec import Checkpoint, ModelSpec
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Part
+
+RAW = Checkpoint(repo="krea/Krea-2-Raw", gated=True)
+TURBO = Checkpoint(repo="krea/Krea-2-Turbo", gated=True)
+
+EDIT_TRANSFORMER = "deployments.pipelines.krea2_edit.Krea2EditTransformer"
+
+EDIT_IMAGES = ControlImages(least=1, most=3, most_aspect=150)
+
+EDIT_OPTIONS: Mapping[str, bool] = MappingProxyType({"kv_cache": True, "match_target_res": True})
+"""As LoRAs are trained since July 2026; older ones need both off."""
 
 ROWS = (
     ModelSpec(
@@ -10,7 +23,7 @@ ROWS = (
         family="krea2",
         title="Krea 2 Raw",
         pipeline="Krea2Pipeline",
-        checkpoint=Checkpoint(repo="krea/Krea-2-Raw", gated=True),
+        checkpoint=RAW,
         adjust="keep_state_in_float32",
         arguments="text_arguments",
         steps=30,
@@ -24,12 +37,47 @@ ROWS = (
         family="krea2",
         title="Krea 2 Turbo",
         pipeline="Krea2Pipeline",
-        checkpoint=Checkpoint(repo="krea/Krea-2-Turbo", gated=True),
+        checkpoint=TURBO,
         # Or diffusers would pin the shift that depends on the size; neither trainer nor reference does.
         load_options={"is_distilled": False},
         adjust="keep_state_in_float32",
         arguments="text_arguments",
         steps=9,
+        guidance=1.0,
+        divisor=16,
+        memory_gib={"transformer": 23.9, "text_encoder": 8.3, "vae": 0.24},
+        licence="Krea 2 Licence",
+    ),
+    ModelSpec(
+        id="krea2_o_edit",
+        family="krea2",
+        title="Krea 2 Raw, editing",
+        pipeline="Krea2Pipeline",
+        checkpoint=RAW,
+        parts={"transformer": Part(class_name=EDIT_TRANSFORMER, checkpoint=RAW, folder="transformer")},
+        control_images=EDIT_IMAGES,
+        options=EDIT_OPTIONS,
+        adjust="keep_state_in_float32",
+        arguments="krea2_edit.edit_arguments",
+        steps=30,
+        guidance=4.0,
+        divisor=16,
+        memory_gib={"transformer": 23.9, "text_encoder": 8.3, "vae": 0.24},
+        licence="Krea 2 Licence",
+    ),
+    ModelSpec(
+        id="krea2_o_edit_turbo",
+        family="krea2",
+        title="Krea 2 Turbo, editing",
+        pipeline="Krea2Pipeline",
+        checkpoint=TURBO,
+        parts={"transformer": Part(class_name=EDIT_TRANSFORMER, checkpoint=TURBO, folder="transformer")},
+        load_options={"is_distilled": False},
+        control_images=EDIT_IMAGES,
+        options=EDIT_OPTIONS,
+        adjust="keep_state_in_float32",
+        arguments="krea2_edit.edit_arguments",
+        steps=8,
         guidance=1.0,
         divisor=16,
         memory_gib={"transformer": 23.9, "text_encoder": 8.3, "vae": 0.24},

@@ -20,7 +20,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A component loaded apart from the others: its class as `library.Class`, its folder ("" is the top)."""
+    """A component loaded apart from the others: its class by its dotted name, its folder ("" is the top)."""
 
     class_name: str
     checkpoint: Checkpoint
@@ -54,8 +54,9 @@ class ModelSpec:
     `parts` are components from other repositories. Defaults are the reference server's: sizes in pixels,
     floored to `divisor` in requests. `guidance_argument` is what the pipeline's call names guidance; the
     negative prompt is passed where the call has one. `call_options` are passed to every call. `adjust` and
-    `arguments` name functions of the family's module in `pipelines`: the first changes the loaded pipeline,
-    the second adds arguments to its call.
+    `arguments` name functions of the family's module in `pipelines`, or of another one there by its dotted
+    name: the first changes the loaded pipeline, the second adds arguments to its call.
+    `options` are the switches of requests that the model has, by the names of their fields, with defaults.
     `memory_gib` is the size of each part in bfloat16. `licence` is the SPDX name or the licence's own.
     """
 
@@ -76,6 +77,7 @@ class ModelSpec:
     guidance_argument: str = "guidance_scale"
     negative_prompt: bool = True
     control_images: ControlImages = ControlImages()
+    options: Mapping[str, bool] = field(default_factory=lambda: MappingProxyType({}))
     adjust: str | None = None
     arguments: str | None = None
     memory_gib: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
