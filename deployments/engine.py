@@ -87,7 +87,7 @@ class Engine:
         # Transformers initialises some parts at random before it reads their weights.
         with torch.random.fork_rng(devices=[]):
             parts = {name: self._load_part(name, part) for name, part in self.spec.parts.items()}
-            pipeline = getattr(diffusers, self.spec.pipeline).from_pretrained(
+            pipeline = self._pipeline_class.from_pretrained(
                 self._located.directory,
                 variant=self._located.variant,
                 dtype=self._dtype,
@@ -173,6 +173,11 @@ class Engine:
         if self._device.type == "cpu":
             return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+    @property
+    def _pipeline_class(self) -> Any:  # noqa: ANN401 - a pipeline of diffusers or of ours
+        name = self.spec.pipeline
+        return _named(name if "." in name else f"diffusers.{name}")
 
     @property
     def _loaded_adapters(self) -> Adapters:

@@ -19,12 +19,18 @@ import transformers
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.utils.constants import SAFETENSORS_WEIGHTS_NAME as DIFFUSERS_WEIGHTS
 from safetensors.torch import save_file, save_model
+from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME as TRANSFORMERS_WEIGHTS
+
+from deployments.pipelines.omnigen2_transformer import OmniGen2Transformer2DModel
 
 TINY_FLUX = Path(__file__).parent / "tiny_flux"
 """Configs and tokenizers of a FLUX.1 of two double and two single blocks, 32 wide."""
 
 _RANK = 4
+
+_OURS = {"OmniGen2Transformer2DModel": OmniGen2Transformer2DModel}
+"""Classes that configs name and no library has."""
 
 
 def materialize(source: Path, target: Path) -> None:
@@ -39,7 +45,8 @@ def materialize(source: Path, target: Path) -> None:
     # Schedulers and tokenizers have no config.json and no weights.
     for file in sorted(source.rglob("config.json")):
         library, class_name = entries.get(file.parent.name) or _class_of(json.loads(file.read_text()))
-        _materialize_component(library, class_name, target / file.parent.relative_to(source))
+        stated = getattr(diffusers if library == "diffusers" else transformers, class_name, None)
+        _materialize_component(stated or _OURS[class_name], target / file.parent.relative_to(source))
 
 
 def write_tiny_checkpoints(target: Path) -> None:
@@ -75,15 +82,14 @@ def _class_of(config: dict[str, Any]) -> tuple[str, str]:
     return "transformers", config["architectures"][0]
 
 
-def _materialize_component(library: str, class_name: str, folder: Path) -> None:
+def _materialize_component(model_class: Any, folder: Path) -> None:  # noqa: ANN401
     with torch.random.fork_rng(devices=[]):
-        if library == "diffusers":
-            model_class = getattr(diffusers, class_name)
-            component, file = model_class.from_config(model_class.load_config(folder)), DIFFUSERS_WEIGHTS
-        else:
-            model_class = getattr(transformers, class_name)
-            config = model_class.config_class.from_pretrained(folder, dtype=torch.float32)
+        if issubclass(model_class, PreTrainedModel):
+            config_class: Any = model_class.config_class
+            config = config_class.from_pretrained(folder, dtype=torch.float32)
             component, file = model_class(config), TRANSFORMERS_WEIGHTS
+        else:
+            component, file = model_class.from_config(model_class.load_config(folder)), DIFFUSERS_WEIGHTS
     _fill_weights(component)
     save_model(component, str(folder / file), metadata={"format": "pt"})
 

@@ -50,12 +50,14 @@ class ControlImages:
 class ModelSpec:
     """One model id.
 
-    `pipeline` and the scheduler's class are diffusers class names; `scheduler` replaces the repository's own.
-    `parts` are components from other repositories. Defaults are the reference server's: sizes in pixels,
-    floored to `divisor` in requests. `guidance_argument` is what the pipeline's call names guidance; the
-    negative prompt is passed where the call has one. `call_options` are passed to every call. `adjust` and
-    `arguments` name functions of the family's module in `pipelines`, or of another one there by its dotted
-    name: the first changes the loaded pipeline, the second adds arguments to its call.
+    `pipeline` and the scheduler's class are diffusers class names, `pipeline` one of ours with its module in
+    front; `scheduler` replaces the repository's own.
+    `parts` are components from other repositories, or of classes of ours. Defaults are the reference
+    server's: sizes in pixels, floored to `divisor` in requests. `guidance_argument` is what the pipeline's
+    call names guidance; the negative prompt is passed where the call has one. `call_options` are passed to
+    every call. `adjust` and `arguments` name functions of the family's module in `pipelines`, or of another
+    one there by its dotted name: the first changes the loaded pipeline, the second adds arguments to its
+    call.
     `options` are the switches of requests that the model has, by the names of their fields, with defaults.
     `memory_gib` is the size of each part in bfloat16. `licence` is the SPDX name or the licence's own.
     """

@@ -21,7 +21,16 @@ def in_bfloat16(new_studio: NewStudio, monkeypatch: pytest.MonkeyPatch) -> NewSt
 
 @pytest.mark.parametrize(
     "model",
-    ["zimage_deturbo", "qwen_image", "qwen_image_edit_plus", "lumina2", "krea2", "krea2_o_edit", "hidream"],
+    [
+        "zimage_deturbo",
+        "qwen_image",
+        "qwen_image_edit_plus",
+        "lumina2",
+        "krea2",
+        "krea2_o_edit",
+        "hidream",
+        "omnigen2",
+    ],
 )
 def test_rotary_frequencies(in_bfloat16: NewStudio, model: str) -> None:
     """Rounded, they would bend the positions: by a radian at the 500th."""
