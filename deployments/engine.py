@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ from deployments.checkpoints import Checkpoints, Located
 from deployments.loras.adapters import Adapters
 from deployments.loras.references import LoraFile
 from deployments.media import Media
-from deployments.render import PromptSpec
+from deployments.render import PromptSpec, Sampling
 
 ADAPTER_BYTES = 8 * 2**30
 """Default room for resident adapters on the device: about 50 of rank 16 for FLUX.1 in bfloat16."""
@@ -100,8 +101,7 @@ class Engine:
             pipeline.register_modules(**parts)
         if self.spec.scheduler:
             # Not through the constructor: the one of Stable Diffusion 1.5 changes `steps_offset` 0 to 1.
-            class_name, config = self.spec.scheduler
-            pipeline.scheduler = getattr(diffusers, class_name)(**config)
+            pipeline.scheduler = _make_scheduler(*self.spec.scheduler)
         if self.spec.adjust:
             self._family_function(self.spec.adjust)(pipeline)
         pipeline.set_progress_bar_config(disable=True)
@@ -130,9 +130,9 @@ class Engine:
 
         observer.on_phase(Phase.ENCODE)
         with torch.inference_mode():
-            output = self._pipeline(
-                **self._arguments(prompt, controls), callback_on_step_end=after_step, output_type="np"
-            )
+            arguments = self._arguments(prompt, controls)
+            with self._sampled(prompt.sampling, arguments):
+                output = self._pipeline(**arguments, callback_on_step_end=after_step, output_type="np")
         return Media((output.images[0] * 255).round().astype(np.uint8))
 
     @property
@@ -201,21 +201,36 @@ class Engine:
         else:
             pipeline.enable_sequential_cpu_offload(device=self._device)
 
+    @contextmanager
+    def _sampled(self, sampling: Sampling, arguments: dict[str, Any]) -> Iterator[None]:
+        """Change the pipeline for the time of a call, whose `arguments` may change as well."""
+        row, own = self.spec.sampled(sampling), self._pipeline.scheduler
+        if row.scheduler and row.scheduler is not self.spec.scheduler:
+            self._pipeline.scheduler = _make_scheduler(*row.scheduler)
+        try:
+            with (
+                self._family_function(row.during)(self._pipeline, arguments) if row.during else nullcontext()
+            ):
+                yield
+        finally:
+            self._pipeline.scheduler = own
+
     def _arguments(self, prompt: PromptSpec, controls: Sequence[Image.Image]) -> dict[str, Any]:
+        row = self.spec.sampled(prompt.sampling)
         arguments: dict[str, Any] = {
             "prompt": prompt.prompt,
             "width": prompt.width,
             "height": prompt.height,
             "num_inference_steps": prompt.steps,
-            self.spec.guidance_argument: prompt.guidance,
+            row.guidance_argument: prompt.guidance,
             "generator": torch.Generator("cpu").manual_seed(prompt.seed),
-            **self.spec.call_options,
+            **row.call_options,
         }
-        if self.spec.negative_prompt and "negative_prompt" in inspect.signature(self._pipeline).parameters:
+        if row.negative_prompt and "negative_prompt" in inspect.signature(self._pipeline).parameters:
             # Always a string: to the SD pipelines, none at all means another embedding than an empty one.
             arguments["negative_prompt"] = prompt.neg
-        if self.spec.arguments:
-            arguments |= self._family_function(self.spec.arguments)(self._pipeline, prompt, controls)
+        if row.arguments:
+            arguments |= self._family_function(row.arguments)(self._pipeline, prompt, controls)
         return arguments
 
     def _family_function(self, name: str) -> Callable[..., Any]:
@@ -225,6 +240,10 @@ class Engine:
 def _named(path: str) -> Any:  # noqa: ANN401 - a class or a function
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
+
+
+def _make_scheduler(class_name: str, config: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any of diffusers'
+    return getattr(diffusers, class_name)(**config)
 
 
 _PACKAGES = ("lora-serve", "torch", "diffusers", "transformers")

@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict
 
 ImageFormat = Literal["jpeg", "png", "webp"]
 
+Sampling = Literal["reference", "preview"]
+"""As the reference server renders a request, or as the trainer renders its sample pictures."""
+
 _WEB = re.compile(r"https?://", re.IGNORECASE)
 
 
@@ -32,7 +35,9 @@ class PromptSpec(BaseModel):
     """One picture of a job, every default resolved; `controls` are object store keys or URLs of images.
 
     Width and height are pixels, already floored to the model's divisor; `seed` is in [0, 2**64). `options`
-    are the model's own switches.
+    are the model's own switches. The last four are of previews: whether the second control image is for the
+    text encoder only, and what a prompt's flags say that has no field: the LoRAs' weight (-2..2), SDXL's
+    guidance rescale (0..1), and the negative prompt of its second text encoder where it is another.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -46,6 +51,11 @@ class PromptSpec(BaseModel):
     seed: int
     controls: tuple[str, ...] = ()
     options: dict[str, bool] = {}
+    sampling: Sampling = "reference"
+    second_is_shown_only: bool = False
+    multiplier: float | None = None
+    guidance_rescale: float = 0.0
+    neg_2: str | None = None
 
 
 class RenderSpec(BaseModel):

@@ -27,7 +27,7 @@ from deployments.render import LoraSpec, PromptSpec, RenderSpec, bare
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-_Weighted: TypeAlias = list[tuple[LoraFile, float]]
+_Weighted: TypeAlias = list[tuple[LoraFile, LoraSpec]]
 
 
 class JobObserver(Observer, Protocol):
@@ -100,8 +100,7 @@ def render_job(
         report.adapters = frozenset(file.sha256 for file, _ in chosen)
         observer.on_phase(Phase.LOAD)
         fetched = time.monotonic()
-        weighted = [(file, lora.multiplier) for file, lora in chosen]
-        report.warnings += _fitting(engine, "the LoRA", partial(engine.use, weighted))
+        report.warnings += _fitting(engine, "the LoRA", partial(_use, engine, chosen))
         report.timings |= {"fetch": fetched - begun, "adapters": time.monotonic() - fetched, "prompts": []}
         held: dict[str, Image.Image] = {}
         for index, prompt in enumerate(spec.prompts):
@@ -111,25 +110,35 @@ def render_job(
             # Prompts in a row often have the same images.
             held = {name: held.get(name) or controls.open(name, fetching) for name in prompt.controls}
             started = time.monotonic()
-            images = [_shaped(engine, held[name]) for name in prompt.controls]
+            images = [_shaped(engine, prompt, held[name]) for name in prompt.controls]
+            weighted = [(file, _weigh(lora, prompt)) for file, lora in chosen]
             render = partial(_render, engine, weighted, prompt, images, observer)
             media = _fitting(engine, f"{prompt.width}x{prompt.height}", render)
             report.timings["prompts"].append(time.monotonic() - started)
-            yield Rendered(index, media, _manifest(engine, prompt, chosen))
+            yield Rendered(index, media, _manifest(engine, prompt, weighted))
 
 
-def _shaped(engine: Engine, image: Image.Image) -> Image.Image:
+def _shaped(engine: Engine, prompt: PromptSpec, image: Image.Image) -> Image.Image:
     """Return the image if the model takes its shape; of one from the web nobody knew it before."""
-    if not engine.spec.control_images.take(image.size):
+    if not engine.spec.sampled(prompt.sampling).control_images.take(image.size):
         message = f"the model takes no control image of {image.width}x{image.height}"
         raise JobFailure(FailureCode.CONTROL_IMAGE_SHAPE, message)
     return image
 
 
+def _weigh(lora: LoraSpec, prompt: PromptSpec) -> LoraSpec:
+    """Return the LoRA with the weight that the prompt gives it, if it does."""
+    return lora if prompt.multiplier is None else lora.model_copy(update={"multiplier": prompt.multiplier})
+
+
+def _use(engine: Engine, weighted: _Weighted) -> list[str]:
+    return engine.use([(file, lora.multiplier) for file, lora in weighted])
+
+
 def _render(
     engine: Engine, weighted: _Weighted, prompt: PromptSpec, controls: list[Image.Image], observer: Observer
 ) -> Media:
-    engine.use(weighted)  # Free unless a lack of memory has dropped them.
+    _use(engine, weighted)  # Free unless a lack of memory has dropped them.
     return engine.render(prompt, controls, observer)
 
 
@@ -148,10 +157,10 @@ def _fitting(engine: Engine, what: str, action: Callable[[], _T]) -> _T:
         raise JobFailure(FailureCode.OUT_OF_MEMORY, message) from error
 
 
-def _manifest(engine: Engine, prompt: PromptSpec, chosen: list[tuple[LoraFile, LoraSpec]]) -> dict[str, Any]:
+def _manifest(engine: Engine, prompt: PromptSpec, weighted: _Weighted) -> dict[str, Any]:
     used = [
         {**lora.model_dump(exclude_none=True), "path": bare(lora.path), "sha256": file.sha256}
-        for file, lora in chosen
+        for file, lora in weighted
     ]
     parameters = {**prompt.model_dump(), "controls": tuple(bare(control) for control in prompt.controls)}
     return {**engine.describe(), "loras": used, "parameters": parameters}

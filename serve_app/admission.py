@@ -14,6 +14,7 @@ from cluster.objects import ObjectStore, content_key
 from cluster.secrets import can_seal
 from cluster.urls import UrlRefused, check_url, parse_hosts, parse_url
 from deployments.catalog import CATALOG, ModelSpec
+from deployments.catalog.choices import Choice
 from deployments.loras.dialects import dialect_of
 from deployments.loras.header import read_header
 from deployments.loras.links import check, parse
@@ -21,6 +22,7 @@ from deployments.loras.references import LoraReferenceError, resolve
 from deployments.media import ImageRejected, ImageTooLarge, decode_base64, decode_control
 from deployments.render import LoraSpec, PromptSpec, RenderSpec, bare
 from serve_app.errors import Code, Refusal
+from serve_app.prompt_rules import FlagError, Flags, read_prompt
 from serve_app.schemas import InferenceRequest, LoraItem, PromptItem
 from serve_app.settings import Settings
 
@@ -41,16 +43,17 @@ def admit(request: InferenceRequest, settings: Settings, store: ObjectStore) -> 
     The rules come in the reference server's order and the first one broken answers; our own bounds follow.
     Nothing is stored unless all hold. Raises `Refusal`.
     """
-    model = CATALOG.get(request.model)
-    if model is None:
+    row = CATALOG.get(request.model)
+    if row is None:
         raise Refusal(Code.MODEL_NOT_FOUND, supported_models=list(CATALOG))
+    model = row.sampled(request.sampling or "reference")
     references = _check_loras(request, settings)
-    _check_control_images_are_there(request, model)
-    _check_bounds(request, model, settings)
-    _check_secrets(request, model, references)
-    controls = [
-        _decode_controls(prompt, index, model, settings) for index, prompt in enumerate(request.prompts)
-    ]
+    choices = [model.control_images.choose(prompt.control_images) for prompt in request.prompts]
+    _check_control_images_are_there(choices, model)
+    _check_bounds(request, choices, model, settings)
+    prompts = [_resolve_prompt(request, index, model) for index in range(len(request.prompts))]
+    _check_secrets(request, choices, model, references)
+    controls = [_decode_controls(choice, index, model, settings) for index, choice in enumerate(choices)]
     # An image of several prompts goes there once. One that an earlier request left there is stored again all
     # the same: its age starts anew, so that no rule that removes old objects takes it from this job.
     for key, data in {key: data for images in controls for key, data in images}.items():
@@ -59,10 +62,7 @@ def admit(request: InferenceRequest, settings: Settings, store: ObjectStore) -> 
     return RenderSpec(
         model=model.id,
         loras=tuple(map(_resolve_lora, request.loras, references)),
-        prompts=tuple(
-            _resolve_prompt(request, index, model, tuple(key for key, _ in controls[index]))
-            for index in range(len(request.prompts))
-        ),
+        prompts=tuple(map(_with_controls, prompts, choices, controls)),
         output_format=request.output_format or "jpeg",
         warnings=tuple(_warnings(request, model)),
     )
@@ -107,24 +107,26 @@ def _check_lora_file(path: str, settings: Settings) -> str:
     return path
 
 
-def _check_control_images_are_there(request: InferenceRequest, model: ModelSpec) -> None:
-    for index, prompt in enumerate(request.prompts):
-        if len(prompt.control_images) < model.control_images.least:
+def _check_control_images_are_there(choices: Sequence[Choice], model: ModelSpec) -> None:
+    for index, choice in enumerate(choices):
+        if len(choice.images) < model.control_images.least:
             raise Refusal(Code.CONTROL_IMAGE_REQUIRED, model=model.id, prompt_index=index)
 
 
-def _check_bounds(request: InferenceRequest, model: ModelSpec, settings: Settings) -> None:
+def _check_bounds(
+    request: InferenceRequest, choices: Sequence[Choice], model: ModelSpec, settings: Settings
+) -> None:
     if len(request.prompts) > settings.max_prompts:
         raise Refusal(Code.TOO_MANY_PROMPTS, prompts=len(request.prompts), most=settings.max_prompts)
     longest = settings.max_prompt_chars
-    for index, prompt in enumerate(request.prompts):
+    for index, (prompt, choice) in enumerate(zip(request.prompts, choices, strict=True)):
         texts = (prompt.prompt, prompt.neg, prompt.trigger_word, request.trigger_word)
         # The parts first: the trigger word multiplies.
         if any(len(text or "") > longest for text in texts) or len(_text(request, prompt)) > longest:
             raise Refusal(Code.PROMPT_TOO_LONG, prompt_index=index, most=longest)
         if prompt.resolution == "High":
             raise Refusal(Code.RESOLUTION_NOT_SUPPORTED, model=model.id, prompt_index=index)
-        if 0 < model.control_images.most < len(prompt.control_images):
+        if 0 < model.control_images.most < len(choice.images):
             raise Refusal(
                 Code.TOO_MANY_CONTROL_IMAGES,
                 model=model.id,
@@ -133,9 +135,11 @@ def _check_bounds(request: InferenceRequest, model: ModelSpec, settings: Setting
             )
 
 
-def _check_secrets(request: InferenceRequest, model: ModelSpec, references: Sequence[str]) -> None:
+def _check_secrets(
+    request: InferenceRequest, choices: Sequence[Choice], model: ModelSpec, references: Sequence[str]
+) -> None:
     """Refuse what would have to be stored in clear: a token, and the queries of URLs."""
-    images = [image for prompt in request.prompts for image in prompt.control_images]
+    images = [image for choice in choices for image in choice.images]
     named = [*references, *(images if model.control_images.most else ())]
     secret = request.hf_token or any(bare(text) != text for text in named)
     if secret and not can_seal():
@@ -143,13 +147,13 @@ def _check_secrets(request: InferenceRequest, model: ModelSpec, references: Sequ
 
 
 def _decode_controls(
-    prompt: PromptItem, index: int, model: ModelSpec, settings: Settings
+    choice: Choice, index: int, model: ModelSpec, settings: Settings
 ) -> list[tuple[str, bytes | None]]:
     """Return the control images that the model takes: URLs, or keys with the bytes as sent, which decode."""
     if not model.control_images.most:
         return []
     decoded: list[tuple[str, bytes | None]] = []
-    for image in prompt.control_images:
+    for image in choice.images:
         if image.startswith("http") or _URL.match(image):
             decoded.append((_check_control_url(image, index, settings), None))
             continue
@@ -182,21 +186,36 @@ def _resolve_lora(lora: LoraItem, reference: str) -> LoraSpec:
     return LoraSpec(path=reference, multiplier=multiplier, sha256=lora.sha256)
 
 
-def _resolve_prompt(
-    request: InferenceRequest, index: int, model: ModelSpec, controls: tuple[str, ...]
-) -> PromptSpec:
-    prompt = request.prompts[index]
+def _resolve_prompt(request: InferenceRequest, index: int, model: ModelSpec) -> PromptSpec:
+    """Return a prompt with every default resolved, as yet without its control images."""
+    prompt, flags = _read_prompt(request, index)
     return PromptSpec(
-        prompt=_text(request, prompt),
+        prompt=prompt.prompt,
         neg=prompt.neg or "",
         width=(prompt.width or model.width) // model.divisor * model.divisor,
         height=(prompt.height or model.height) // model.divisor * model.divisor,
         steps=prompt.sample_steps or model.steps,
         guidance=model.guidance if prompt.guidance_scale is None else prompt.guidance_scale,
         seed=_seed(prompt.seed, index),
-        controls=controls,
         options={name: _option(request, name, default) for name, default in model.options.items()},
+        sampling=request.sampling or "reference",
+        multiplier=flags.network_multiplier,
+        guidance_rescale=flags.guidance_rescale,
+        neg_2=None if flags.neg is None else request.prompts[index].neg or "",
     )
+
+
+def _read_prompt(request: InferenceRequest, index: int) -> tuple[PromptItem, Flags]:
+    """Put in the trigger word; of a preview, let the flags override fields."""
+    prompt = request.prompts[index]
+    text = _text(request, prompt)
+    if request.sampling != "preview":
+        return prompt.model_copy(update={"prompt": text}), Flags()
+    try:
+        text, flags = read_prompt(text)
+    except FlagError as error:
+        raise Refusal(Code.PROMPT_FLAG_INVALID, prompt_index=index, reason=str(error)) from error
+    return prompt.model_copy(update={**flags.overrides, "prompt": text}), flags
 
 
 def _option(request: InferenceRequest, name: str, default: bool) -> bool:
@@ -206,7 +225,18 @@ def _option(request: InferenceRequest, name: str, default: bool) -> bool:
 
 def _text(request: InferenceRequest, prompt: PromptItem) -> str:
     trigger = prompt.trigger_word or request.trigger_word
-    return prompt.prompt.replace("[trigger]", trigger) if trigger else prompt.prompt
+    if not trigger:
+        return prompt.prompt
+    text = prompt.prompt.replace("[name]", trigger) if request.sampling == "preview" else prompt.prompt
+    return text.replace("[trigger]", trigger)
+
+
+def _with_controls(
+    prompt: PromptSpec, choice: Choice, images: Sequence[tuple[str, bytes | None]]
+) -> PromptSpec:
+    controls = tuple(key for key, _ in images)
+    shown_only = bool(controls) and choice.second_is_shown_only
+    return prompt.model_copy(update={"controls": controls, "second_is_shown_only": shown_only})
 
 
 def _seed(seed: int | None, index: int) -> int:
@@ -223,6 +253,6 @@ def _warnings(request: InferenceRequest, model: ModelSpec) -> list[str]:
         names = [repr(name[:60]) for name in unknown[:_NAMED_FIELDS]]
         more = f" and {len(unknown) - _NAMED_FIELDS} more" if len(unknown) > _NAMED_FIELDS else ""
         warnings.append(f"Unknown fields were ignored: {', '.join(names)}{more}.")
-    if not model.control_images.most and any(prompt.control_images for prompt in request.prompts):
+    if not model.control_images.most and any(any(prompt.control_images) for prompt in request.prompts):
         warnings.append(f"{model.id} takes no control images; those sent were ignored.")
     return warnings

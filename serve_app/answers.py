@@ -206,6 +206,7 @@ class ModelAnswer(BaseModel):
     gated: bool
     licence: str
     output_formats: tuple[str, ...] = get_args(ImageFormat)
+    preview_differs: str | None
 
     @classmethod
     def of(cls, row: ModelSpec) -> Self:
@@ -225,6 +226,7 @@ class ModelAnswer(BaseModel):
             default_height=row.height,
             gated=row.checkpoint.gated,
             licence=row.licence,
+            preview_differs=row.preview.differs if row.preview else None,
         )
 
 

@@ -39,6 +39,7 @@ class Code(Enum):
     PROMPT_TOO_LONG = 400, "A prompt, negative prompt or trigger word is too long."
     RESOLUTION_NOT_SUPPORTED = 400, 'This model has only the resolution "Default".'
     TOO_MANY_CONTROL_IMAGES = 400, "A prompt has more control images than the model takes."
+    PROMPT_FLAG_INVALID = 400, "A flag in a prompt has no valid value; details.reason says which."
     SECRET_KEY_REQUIRED = 400, "Without SECRET_KEY, an hf_token or the query of a URL would be kept in clear."
     CONTROL_IMAGE_TOO_LARGE = 400, "A control image has more pixels than this service takes."
     CONTROL_IMAGE_INVALID = 400, "A control image is not base64 of an intact picture."

@@ -156,7 +156,7 @@ async def submit_request(
 ) -> SubmitAnswer:
     """Store a request and answer at once; a worker renders it."""
     check_key(idempotency_key)
-    limiter = parts.pictures if any(prompt.control_images for prompt in body.prompts) else None
+    limiter = parts.pictures if any(any(prompt.control_images) for prompt in body.prompts) else None
     job = await run_sync(
         submit, body, idempotency_key, tenant, parts.settings, parts.queue, parts.store, limiter=limiter
     )

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from deployments.render import ImageFormat
+from deployments.render import ImageFormat, Sampling
 
 MAX_ITEMS = 1000
 """Longest `prompts` or `loras` list that is read at all; it bounds the work of reading a hostile body."""
@@ -30,6 +30,15 @@ def _plain(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_plain)]
+
+LEAST_SIDE, MOST_SIDE = 64, 4096
+"""Bounds of a picture's sides in pixels, as in the reference server; so are those that follow."""
+
+Side = Annotated[int, Field(ge=LEAST_SIDE, le=MOST_SIDE)]
+Guidance = Annotated[float, Field(ge=0, le=20, allow_inf_nan=False)]
+Steps = Annotated[int, Field(ge=1, le=150)]
+Seed = Annotated[int, Field(ge=-1, lt=2**64)]
+Multiplier = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 
 Token = Annotated[str, Field(max_length=1000, pattern=r"^[!-~]*$")]
 """What fits into an HTTP header."""
@@ -52,7 +61,7 @@ class LoraItem(_Part):
 
     path: Annotated[str, Field(max_length=MAX_PATH_CHARS), AfterValidator(_plain)]
     transformer: Literal["low", "high"] | None = None
-    network_multiplier: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
+    network_multiplier: Multiplier | None = None
     sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$"), AfterValidator(str.lower)] | None = None
 
 
@@ -61,12 +70,12 @@ class PromptItem(_Part):
 
     prompt: Text
     trigger_word: Text | None = None
-    width: Annotated[int, Field(ge=64, le=4096)] | None = None
-    height: Annotated[int, Field(ge=64, le=4096)] | None = None
-    guidance_scale: Annotated[float, Field(ge=0, le=20, allow_inf_nan=False)] | None = None
-    sample_steps: Annotated[int, Field(ge=1, le=150)] | None = None
+    width: Side | None = None
+    height: Side | None = None
+    guidance_scale: Guidance | None = None
+    sample_steps: Steps | None = None
     neg: Text | None = None
-    seed: Annotated[int, Field(ge=-1, lt=2**64)] | None = None
+    seed: Seed | None = None
     sampler: Text | None = None
     num_frames: Annotated[int, Field(ge=1, le=1000)] | None = None
     fps: Annotated[int, Field(ge=1, le=120)] | None = None
@@ -77,10 +86,9 @@ class PromptItem(_Part):
     ctrl_img_3: str | None = None
 
     @property
-    def control_images(self) -> list[str]:
-        """The control images as sent: the numbered ones that are there, else `ctrl_img`."""
-        numbered = [image for image in (self.ctrl_img_1, self.ctrl_img_2, self.ctrl_img_3) if image]
-        return numbered or ([self.ctrl_img] if self.ctrl_img else [])
+    def control_images(self) -> tuple[str | None, str | None, str | None, str | None]:
+        """The control images as sent; a model chooses among them."""
+        return self.ctrl_img, self.ctrl_img_1, self.ctrl_img_2, self.ctrl_img_3
 
 
 class InferenceRequest(_Part):
@@ -94,6 +102,7 @@ class InferenceRequest(_Part):
     kv_cache: bool | None = None
     match_target_res: bool | None = None
     output_format: ImageFormat | None = None
+    sampling: Sampling | None = None
 
     @property
     def unknown_fields(self) -> list[str]:

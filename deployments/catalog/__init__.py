@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from deployments.catalog import chroma, flux, flux2, hidream, krea2, lumina2, omnigen2, qwen_image, sd, zimage
-from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Part
+from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Part, Preview
 
-__all__ = ["CATALOG", "Checkpoint", "ControlImages", "ModelSpec", "Part"]
+__all__ = ["CATALOG", "Checkpoint", "ControlImages", "ModelSpec", "Part", "Preview"]
 
 _FAMILIES = (flux, chroma, flux2, sd, zimage, qwen_image, lumina2, krea2, hidream, omnigen2)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deployments.catalog.schedules import FLUX_SCHEDULE
-from deployments.catalog.spec import Checkpoint, ModelSpec
+from deployments.catalog.spec import Checkpoint, ModelSpec, Preview
 
 ROWS = (
     ModelSpec(
@@ -22,5 +22,9 @@ ROWS = (
         negative_prompt=False,
         memory_gib={"transformer": 16.6, "text_encoder": 8.9, "vae": 0.16},
         licence="Apache-2.0",
+        preview=Preview(
+            differs="It guides away from the negative prompt; sizes are multiples of 16.",
+            fields={"divisor": 16, "arguments": "preview_arguments"},
+        ),
     ),
 )

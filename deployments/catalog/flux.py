@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from deployments.catalog.choices import first
 from deployments.catalog.schedules import FLUX_SCHEDULE
-from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec
+from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Preview
 
 ROWS = (
     ModelSpec(
@@ -33,6 +34,11 @@ ROWS = (
         arguments="edit_arguments",
         memory_gib={"transformer": 22.2, "text_encoder_2": 8.9, "text_encoder": 0.2, "vae": 0.16},
         licence="FLUX.1 [dev] Non-Commercial",
+        preview=Preview(
+            differs="`ctrl_img` wins over the numbered control images; it is resized twice for sizes that are"
+            " no multiples of 16.",
+            fields={"divisor": 8, "control_images": ControlImages(least=1, most=1, choose=first)},
+        ),
     ),
     ModelSpec(
         id="flex1",
@@ -62,5 +68,6 @@ ROWS = (
         negative_prompt=False,
         memory_gib={"transformer": 15.2, "text_encoder_2": 8.9, "text_encoder": 0.2, "vae": 0.16},
         licence="Apache-2.0",
+        preview=Preview(differs="Sizes are multiples of 16.", fields={"divisor": 16}),
     ),
 )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Any
 
-from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Part
+from deployments.catalog.choices import main_in_front
+from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Part, Preview
 
 FLOW_UNSHIFTED: tuple[str, Mapping[str, Any]] = (
     "FlowMatchEulerDiscreteScheduler",
@@ -20,6 +22,37 @@ MISTRAL_3_1 = Checkpoint(repo="mistralai/Mistral-Small-3.1-24B-Instruct-2503", g
 """FLUX.2 [dev]'s text encoder as the trainer has it; the repository's own weights are those of 3.2."""
 
 FLUX2_REFERENCES = ControlImages(most=3, least_side=64, most_aspect=8)
+
+MAIN_IN_FRONT = Preview(
+    differs="`ctrl_img` takes the place of `ctrl_img_1`; the other numbered control images follow it.",
+    fields={"control_images": replace(FLUX2_REFERENCES, choose=main_in_front)},
+)
+
+FLUX2 = ModelSpec(
+    id="flux2",
+    family="flux2",
+    title="FLUX.2 [dev]",
+    pipeline="Flux2Pipeline",
+    checkpoint=FLUX2_DEV,
+    parts={
+        "text_encoder": Part(
+            class_name="transformers.Mistral3ForConditionalGeneration", checkpoint=MISTRAL_3_1
+        ),
+        # A processor would ask for torchvision, and no picture goes through it.
+        "tokenizer": Part(class_name="transformers.AutoTokenizer", checkpoint=MISTRAL_3_1),
+    },
+    scheduler=FLOW_UNSHIFTED,
+    adjust="complete_tokenizer",
+    arguments="dev_arguments",
+    steps=25,
+    guidance=4.0,
+    divisor=16,
+    negative_prompt=False,
+    control_images=FLUX2_REFERENCES,
+    memory_gib={"transformer": 60.0, "text_encoder": 44.7, "vae": 0.16},
+    licence="FLUX Non-Commercial",
+    preview=MAIN_IN_FRONT,
+)
 
 ROWS = (
     ModelSpec(
@@ -38,6 +71,7 @@ ROWS = (
         control_images=FLUX2_REFERENCES,
         memory_gib={"transformer": 7.2, "text_encoder": 7.5, "vae": 0.16},
         licence="Apache-2.0",
+        preview=MAIN_IN_FRONT,
     ),
     ModelSpec(
         id="flux2_klein_9b",
@@ -54,31 +88,9 @@ ROWS = (
         control_images=FLUX2_REFERENCES,
         memory_gib={"transformer": 16.9, "text_encoder": 15.3, "vae": 0.16},
         licence="FLUX Non-Commercial",
+        preview=MAIN_IN_FRONT,
     ),
-    ModelSpec(
-        id="flux2",
-        family="flux2",
-        title="FLUX.2 [dev]",
-        pipeline="Flux2Pipeline",
-        checkpoint=FLUX2_DEV,
-        parts={
-            "text_encoder": Part(
-                class_name="transformers.Mistral3ForConditionalGeneration", checkpoint=MISTRAL_3_1
-            ),
-            # A processor would ask for torchvision, and no picture goes through it.
-            "tokenizer": Part(class_name="transformers.AutoTokenizer", checkpoint=MISTRAL_3_1),
-        },
-        scheduler=FLOW_UNSHIFTED,
-        adjust="complete_tokenizer",
-        arguments="dev_arguments",
-        steps=25,
-        guidance=4.0,
-        divisor=16,
-        negative_prompt=False,
-        control_images=FLUX2_REFERENCES,
-        memory_gib={"transformer": 60.0, "text_encoder": 44.7, "vae": 0.16},
-        licence="FLUX Non-Commercial",
-    ),
+    FLUX2,
     ModelSpec(
         id="flux2_diffusers",
         family="flux2",
@@ -97,5 +109,9 @@ ROWS = (
         negative_prompt=False,
         memory_gib={"transformer": 60.0, "text_encoder": 44.7, "vae": 0.16},
         licence="FLUX Non-Commercial",
+        preview=Preview(
+            differs="It is that of flux2 in everything, and flux2 renders it: the trainer knows no other.",
+            fields={field.name: getattr(FLUX2.sampled("preview"), field.name) for field in fields(FLUX2)},
+        ),
     ),
 )

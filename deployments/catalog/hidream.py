@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deployments.catalog.spec import Checkpoint, ModelSpec, Part
+from deployments.catalog.spec import Checkpoint, ModelSpec, Part, Preview
 
 LLAMA = Checkpoint(repo="unsloth/Meta-Llama-3.1-8B-Instruct")
 """HiDream's fourth text encoder."""
@@ -32,5 +32,10 @@ ROWS = (
             "vae": 0.2,
         },
         licence="MIT",
+        preview=Preview(
+            differs="Sizes are multiples of 8 before they are scaled to one megapixel; in bfloat16, Llama's"
+            " rotary frequencies are rounded.",
+            fields={"divisor": 8, "during": "rounded_frequencies"},
+        ),
     ),
 )

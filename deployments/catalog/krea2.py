@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Part
+from deployments.catalog.choices import main_shown_twice
+from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Part, Preview
 
 RAW = Checkpoint(repo="krea/Krea-2-Raw", gated=True)
 TURBO = Checkpoint(repo="krea/Krea-2-Turbo", gated=True)
+
+TILED = Preview(
+    differs="Pictures with a side above 256 pixels are decoded in tiles.",
+    fields={"during": "tiled_decode"},
+)
+"""As the trainer decodes with `low_vram`, which its user interface sets for these models."""
 
 EDIT_TRANSFORMER = "deployments.pipelines.krea2_edit.Krea2EditTransformer"
 
@@ -16,6 +23,17 @@ EDIT_IMAGES = ControlImages(least=1, most=3, most_aspect=150)
 
 EDIT_OPTIONS: Mapping[str, bool] = MappingProxyType({"kv_cache": True, "match_target_res": True})
 """As LoRAs are trained since July 2026; older ones need both off."""
+
+EDIT_PREVIEW = Preview(
+    differs="The noise does not depend on the control images; the text encoder sees `ctrl_img` twice, and for"
+    " the latents it takes the place of `ctrl_img_1`; pictures with a side above 256 pixels are decoded in"
+    " tiles.",
+    fields={
+        "arguments": "krea2_edit.edit_preview_arguments",
+        "during": "tiled_decode",
+        "control_images": ControlImages(least=1, most=4, most_aspect=150, choose=main_shown_twice),
+    },
+)
 
 ROWS = (
     ModelSpec(
@@ -31,6 +49,7 @@ ROWS = (
         divisor=16,
         memory_gib={"transformer": 23.9, "text_encoder": 8.3, "vae": 0.24},
         licence="Krea 2 Licence",
+        preview=TILED,
     ),
     ModelSpec(
         id="krea2_turbo",
@@ -47,6 +66,7 @@ ROWS = (
         divisor=16,
         memory_gib={"transformer": 23.9, "text_encoder": 8.3, "vae": 0.24},
         licence="Krea 2 Licence",
+        preview=TILED,
     ),
     ModelSpec(
         id="krea2_o_edit",
@@ -64,6 +84,7 @@ ROWS = (
         divisor=16,
         memory_gib={"transformer": 23.9, "text_encoder": 8.3, "vae": 0.24},
         licence="Krea 2 Licence",
+        preview=EDIT_PREVIEW,
     ),
     ModelSpec(
         id="krea2_o_edit_turbo",
@@ -82,5 +103,6 @@ ROWS = (
         divisor=16,
         memory_gib={"transformer": 23.9, "text_encoder": 8.3, "vae": 0.24},
         licence="Krea 2 Licence",
+        preview=EDIT_PREVIEW,
     ),
 )

@@ -6,13 +6,19 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from deployments.catalog.spec import Checkpoint, ModelSpec
+from deployments.catalog.spec import Checkpoint, ModelSpec, Preview
 
 FLOW_SHIFT_6: tuple[str, Mapping[str, Any]] = (
     "FlowMatchEulerDiscreteScheduler",
     MappingProxyType({"num_train_timesteps": 1000, "shift": 6.0, "use_dynamic_shifting": False}),
 )
 """Lumina 2's schedule, whatever the repository says."""
+
+FLOW_SHIFT_1: tuple[str, Mapping[str, Any]] = (
+    FLOW_SHIFT_6[0],
+    MappingProxyType({**FLOW_SHIFT_6[1], "shift": 1.0}),
+)
+"""What previews are sampled with: the trainer's scheduler loses the shift that its config names."""
 
 ROWS = (
     ModelSpec(
@@ -28,5 +34,10 @@ ROWS = (
         divisor=32,
         memory_gib={"transformer": 4.9, "text_encoder": 4.9, "vae": 0.16},
         licence="Apache-2.0",
+        preview=Preview(
+            differs="The schedule's shift is 1, not 6; the negative prompt is encoded with the system prompt;"
+            " sizes are multiples of 16.",
+            fields={"divisor": 16, "scheduler": FLOW_SHIFT_1, "arguments": "preview_arguments"},
+        ),
     ),
 )

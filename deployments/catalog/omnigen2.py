@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec
+from deployments.catalog.choices import main_only
+from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Preview
 
 ROWS = (
     ModelSpec(
@@ -19,5 +20,14 @@ ROWS = (
         divisor=16,
         memory_gib={"transformer": 7.4, "mllm": 5.8, "vae": 0.16},
         licence="Apache-2.0",
+        preview=Preview(
+            differs="The empty negative prompt is put in the template twice, as all texts are; of the control"
+            " images `ctrl_img` alone is seen, stretched to the output; sizes are multiples of 8.",
+            fields={
+                "divisor": 8,
+                "arguments": "reference_preview_arguments",
+                "control_images": ControlImages(most=1, choose=main_only),
+            },
+        ),
     ),
 )

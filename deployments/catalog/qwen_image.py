@@ -5,10 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec
+from deployments.catalog.choices import first, main_shown_twice
+from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Preview
 
 QWEN_IMAGE_GIB: Mapping[str, float] = MappingProxyType(
     {"transformer": 38.1, "text_encoder": 15.5, "vae": 0.24}
+)
+
+SIZES_OF_32 = Preview(differs="Sizes are multiples of 32.", fields={"divisor": 32})
+
+PLUS_PREVIEW = Preview(
+    differs="Guidance is not scaled back; the text encoder sees control images in their own aspect,"
+    " `ctrl_img` twice, and resized twice for the negative prompt; for the latents it takes the place of"
+    " `ctrl_img_1`.",
+    fields={
+        "arguments": "edit_plus_preview_arguments",
+        "during": "without_rescale",
+        "control_images": ControlImages(least=1, most=4, most_aspect=150, choose=main_shown_twice),
+    },
 )
 
 ROWS = (
@@ -24,6 +38,7 @@ ROWS = (
         divisor=16,
         memory_gib=QWEN_IMAGE_GIB,
         licence="Apache-2.0",
+        preview=SIZES_OF_32,
     ),
     ModelSpec(
         id="qwen_image_2512",
@@ -37,6 +52,7 @@ ROWS = (
         divisor=16,
         memory_gib=QWEN_IMAGE_GIB,
         licence="Apache-2.0",
+        preview=SIZES_OF_32,
     ),
     ModelSpec(
         id="qwen_image_edit",
@@ -54,6 +70,14 @@ ROWS = (
         divisor=32,
         memory_gib=QWEN_IMAGE_GIB,
         licence="Apache-2.0",
+        preview=Preview(
+            differs="The text encoder sees the control image in its own aspect; for the latents it is resized"
+            " bilinearly; `ctrl_img` wins over the numbered ones.",
+            fields={
+                "arguments": "edit_preview_arguments",
+                "control_images": ControlImages(least=1, most=1, most_aspect=150, choose=first),
+            },
+        ),
     ),
     ModelSpec(
         id="qwen_image_edit_plus",
@@ -71,6 +95,7 @@ ROWS = (
         divisor=32,
         memory_gib=QWEN_IMAGE_GIB,
         licence="Apache-2.0",
+        preview=PLUS_PREVIEW,
     ),
     ModelSpec(
         id="qwen_image_edit_plus_2511",
@@ -88,5 +113,6 @@ ROWS = (
         divisor=32,
         memory_gib=QWEN_IMAGE_GIB,
         licence="Apache-2.0",
+        preview=PLUS_PREVIEW,
     ),
 )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from deployments.catalog.spec import Checkpoint, ModelSpec
+from deployments.catalog.spec import Checkpoint, ModelSpec, Preview
 
 TRAINER_DDPM: tuple[str, Mapping[str, Any]] = (
     "DDPMScheduler",
@@ -25,6 +25,12 @@ TRAINER_DDPM: tuple[str, Mapping[str, Any]] = (
 )
 """The trainer's `ddpm` sampler: stochastic, its noise comes from the prompt's own generator."""
 
+PREVIEW_DDPM: tuple[str, Mapping[str, Any]] = (
+    TRAINER_DDPM[0],
+    MappingProxyType({**TRAINER_DDPM[1], "steps_offset": 1}),
+)
+"""Each timestep is one higher: the constructor of Stable Diffusion 1.5's pipeline allows no other offset."""
+
 ROWS = (
     ModelSpec(
         id="sd15",
@@ -40,6 +46,7 @@ ROWS = (
         divisor=8,
         memory_gib={"unet": 1.6, "text_encoder": 0.23, "vae": 0.16},
         licence="CreativeML OpenRAIL-M",
+        preview=Preview(differs="Each timestep is one higher.", fields={"scheduler": PREVIEW_DDPM}),
     ),
     ModelSpec(
         id="sdxl",
@@ -54,5 +61,9 @@ ROWS = (
         divisor=8,
         memory_gib={"unet": 4.8, "text_encoder_2": 1.29, "text_encoder": 0.23, "vae": 0.16},
         licence="CreativeML Open RAIL++-M",
+        preview=Preview(
+            differs="In prompts, `--gr` is guidance rescale, and `--n` is for the first text encoder only.",
+            fields={"arguments": "flag_arguments"},
+        ),
     ),
 )

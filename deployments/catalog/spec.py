@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
+
+from deployments.catalog.choices import Choose, numbered_else_main
+from deployments.render import Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,18 +35,30 @@ class ControlImages:
     """How many control images a prompt takes, and of what shape.
 
     With `most` 0, images sent are ignored, with a warning. `least_side` is in pixels; the longer side is at
-    most `most_aspect` times the shorter.
+    most `most_aspect` times the shorter. `choose` says which of those sent it takes.
     """
 
     least: int = 0
     most: int = 0
     least_side: int = 1
     most_aspect: int | None = None
+    choose: Choose = numbered_else_main
 
     def take(self, size: tuple[int, int]) -> bool:
         """Whether an image of this size in pixels has a shape that the model takes."""
         short, long = sorted(size)
         return short >= self.least_side and (self.most_aspect is None or long <= short * self.most_aspect)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preview:
+    """How the trainer's own sample pictures differ: in a sentence, and as other values of the row's fields.
+
+    Fields that only the loading of a pipeline reads cannot differ, unless `fields` are another id's row.
+    """
+
+    differs: str
+    fields: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +70,12 @@ class ModelSpec:
     `parts` are components from other repositories, or of classes of ours. Defaults are the reference
     server's: sizes in pixels, floored to `divisor` in requests. `guidance_argument` is what the pipeline's
     call names guidance; the negative prompt is passed where the call has one. `call_options` are passed to
-    every call. `adjust` and `arguments` name functions of the family's module in `pipelines`, or of another
-    one there by its dotted name: the first changes the loaded pipeline, the second adds arguments to its
-    call.
+    every call. `adjust`, `arguments` and `during` name functions of the family's module in `pipelines`, or of
+    another one there by its dotted name: the first changes the loaded pipeline, the second adds arguments to
+    its call, the third is a context manager around the call.
     `options` are the switches of requests that the model has, by the names of their fields, with defaults.
     `memory_gib` is the size of each part in bfloat16. `licence` is the SPDX name or the licence's own.
+    `preview` is there unless the trainer's previews differ by nothing but the rules for its prompts.
     """
 
     id: str
@@ -82,5 +98,11 @@ class ModelSpec:
     options: Mapping[str, bool] = field(default_factory=lambda: MappingProxyType({}))
     adjust: str | None = None
     arguments: str | None = None
+    during: str | None = None
     memory_gib: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     licence: str = ""
+    preview: Preview | None = None
+
+    def sampled(self, sampling: Sampling) -> ModelSpec:
+        """Return the row that holds for a request's `sampling`; for a preview it may be another id's."""
+        return replace(self, **self.preview.fields) if self.preview and sampling == "preview" else self

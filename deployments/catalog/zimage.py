@@ -6,13 +6,18 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from deployments.catalog.spec import Checkpoint, ModelSpec, Part
+from deployments.catalog.spec import Checkpoint, ModelSpec, Part, Preview
 
 FLOW_SHIFT_3: tuple[str, Mapping[str, Any]] = (
     "FlowMatchEulerDiscreteScheduler",
     MappingProxyType({"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": False}),
 )
 """Z-Image's schedule as the trainer trains and samples it, whatever the repository says."""
+
+LESS_GUIDANCE = Preview(
+    differs="Guidance is one less than asked for; sizes are multiples of 16.",
+    fields={"divisor": 16, "arguments": "preview_arguments"},
+)
 
 ROWS = (
     ModelSpec(
@@ -27,6 +32,7 @@ ROWS = (
         divisor=32,
         memory_gib={"transformer": 11.5, "text_encoder": 7.5, "vae": 0.16},
         licence="Apache-2.0",
+        preview=LESS_GUIDANCE,
     ),
     ModelSpec(
         id="zimage_turbo",
@@ -39,6 +45,7 @@ ROWS = (
         divisor=32,
         memory_gib={"transformer": 11.5, "text_encoder": 7.5, "vae": 0.16},
         licence="Apache-2.0",
+        preview=LESS_GUIDANCE,
     ),
     ModelSpec(
         id="zimage_deturbo",
@@ -59,5 +66,6 @@ ROWS = (
         divisor=32,
         memory_gib={"transformer": 11.5, "text_encoder": 7.5, "vae": 0.16},
         licence="Apache-2.0",
+        preview=LESS_GUIDANCE,
     ),
 )

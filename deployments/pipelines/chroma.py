@@ -22,15 +22,25 @@ def correct_norms(pipeline: Any) -> None:  # noqa: ANN401 - any diffusers pipeli
 
 def text_arguments(pipeline: Any, prompt: PromptSpec, _controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401
     """Arguments for the prompt and, with guidance above 1, the empty text that it is guided away from."""
-    embeds, mask = _encode(pipeline, prompt.prompt)
-    arguments = {"prompt": None, "prompt_embeds": embeds, "prompt_attention_mask": mask}
-    if prompt.guidance > 1:
-        embeds, mask = _encode(pipeline, "")
-        arguments |= {"negative_prompt_embeds": embeds, "negative_prompt_attention_mask": mask}
+    return _arguments(pipeline, prompt, neg="", counted_in=torch.long)
+
+
+def preview_arguments(pipeline: Any, prompt: PromptSpec, _controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401
+    """As above with the negative prompt. The trainer counts tokens in the model's dtype: bfloat16 rounds."""
+    return _arguments(pipeline, prompt, neg=prompt.neg, counted_in=pipeline.text_encoder.dtype)
+
+
+def _arguments(pipeline: Any, prompt: PromptSpec, neg: str, counted_in: torch.dtype) -> dict[str, Any]:  # noqa: ANN401
+    arguments: dict[str, Any] = {"prompt": None}
+    for name, text in (("prompt", prompt.prompt), ("negative_prompt", neg))[
+        : 2 if prompt.guidance > 1 else 1
+    ]:
+        embeds, mask = _encode(pipeline, text, counted_in)
+        arguments |= {f"{name}_embeds": embeds, f"{name}_attention_mask": mask}
     return arguments
 
 
-def _encode(pipeline: Any, text: str) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - any diffusers pipeline
+def _encode(pipeline: Any, text: str, counted_in: torch.dtype) -> tuple[Tensor, Tensor]:  # noqa: ANN401
     """Return T5's embedding [1, 512, width] and the mask [1, 512] of what the transformer attends to.
 
     T5 sees the padding as well. The transformer sees the text and one token of padding; its mask is boolean,
@@ -41,5 +51,7 @@ def _encode(pipeline: Any, text: str) -> tuple[Tensor, Tensor]:  # noqa: ANN401 
     )
     device = pipeline._execution_device
     embeds = pipeline.text_encoder(tokens.input_ids.to(device))[0]
-    mask = torch.arange(_TEXT_TOKENS) <= tokens.attention_mask.sum()
-    return embeds, mask[None].to(device)
+    mask = tokens.attention_mask.bool()
+    end = int(tokens.attention_mask.to(counted_in).sum())
+    mask[:, end : end + 1] = True
+    return embeds, mask.to(device)

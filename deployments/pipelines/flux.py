@@ -15,12 +15,15 @@ from deployments.render import PromptSpec
 def edit_arguments(_pipeline: Any, prompt: PromptSpec, controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401
     """Arguments for FLUX.1 Kontext: the control image stretched to the output size, as it was trained.
 
-    Without the last two diffusers would scale the output to one megapixel and the image to sizes of its own.
+    A preview's size may be no multiple of 16: diffusers then resizes the image once more. Without the last
+    two arguments it would scale the output to one megapixel and the image to sizes of its own.
     """
-    size = (prompt.width, prompt.height)
+    width, height = prompt.width // 16 * 16, prompt.height // 16 * 16
     return {
-        "image": controls[0].resize(size, Image.Resampling.BILINEAR),
-        "max_area": prompt.width * prompt.height,
+        "image": controls[0].resize((prompt.width, prompt.height), Image.Resampling.BILINEAR),
+        "width": width,
+        "height": height,
+        "max_area": width * height,
         "_auto_resize": False,
     }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -39,3 +41,15 @@ def complete(pipeline: Any) -> None:  # noqa: ANN401 - any diffusers pipeline
         num_train_timesteps=1000, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=_SHIFT
     )
     pipeline.tokenizer_4.pad_token = pipeline.tokenizer_4.eos_token
+
+
+@contextmanager
+def rounded_frequencies(pipeline: Any, _arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
+    """Round Llama's rotary frequencies to its dtype, as the trainer does; nothing to round in float32."""
+    rotary, dtype = pipeline.text_encoder_4.model.rotary_emb, pipeline.text_encoder_4.dtype
+    own = rotary.inv_freq
+    rotary.inv_freq = own.to(dtype).float()
+    try:
+        yield
+    finally:
+        rotary.inv_freq = own

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +42,16 @@ def guided_arguments(prompt: PromptSpec, encode: Callable[[str], tuple[Tensor, T
         embeds, mask = encode(text)
         arguments |= {name: None, f"{name}_embeds": embeds.float(), f"{name}_embeds_mask": mask}
     return arguments
+
+
+@contextmanager
+def tiled_decode(pipeline: Any, _arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
+    """Decode in tiles of 256 pixels, 192 apart."""
+    pipeline.vae.enable_tiling()
+    try:
+        yield
+    finally:
+        pipeline.vae.disable_tiling()
 
 
 def _narrow(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  # noqa: ANN401

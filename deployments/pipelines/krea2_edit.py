@@ -165,24 +165,41 @@ class Krea2EditTransformer(Krea2Transformer2DModel):
 
 
 def edit_arguments(pipeline: Any, prompt: PromptSpec, controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401
-    """Arguments for one picture: embeddings that have seen the images, and the images as references.
-
-    The generator draws for the references, in order, before it draws the noise.
-    """
+    """Arguments for one picture. Its generator draws for the references, in order, then the noise."""
     generator = torch.Generator("cpu").manual_seed(prompt.seed)
-    pixels = [_pixels(control) for control in controls]
+    return {"generator": generator, **_arguments(pipeline, prompt, controls, controls, generator)}
+
+
+def edit_preview_arguments(
+    pipeline: Any,  # noqa: ANN401
+    prompt: PromptSpec,
+    controls: Sequence[Image.Image],
+) -> dict[str, Any]:
+    """As `edit_arguments` for a preview: the references have a generator of their own."""
+    drawn = [*controls[:1], *controls[2 if prompt.second_is_shown_only else 1 :]]
+    generator = torch.Generator(pipeline._execution_device).manual_seed(prompt.seed)
+    return _arguments(pipeline, prompt, controls, drawn, generator)
+
+
+def _arguments(
+    pipeline: Any,  # noqa: ANN401
+    prompt: PromptSpec,
+    shown: Sequence[Image.Image],
+    drawn: Sequence[Image.Image],
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """Return embeddings that have seen the images shown, and the images drawn as references."""
     area = prompt.width * prompt.height if prompt.options["match_target_res"] else None
-    latents = [_encode(pipeline, _resize(image, area), generator) for image in pixels]
+    latents = [_encode(pipeline, _resize(_pixels(image), area), generator) for image in drawn]
     references = References(
         torch.cat([_pack(pipeline, grid) for grid in latents], dim=1),
         torch.cat([_positions(grid, number) for number, grid in enumerate(latents, start=1)]),
         {} if prompt.options["kv_cache"] else None,
     )
-    seen = [_patches(image) for image in pixels]
+    seen = [_patches(_pixels(image)) for image in shown]
     return {
         **guided_arguments(prompt, lambda text: _read(pipeline, text, seen)),
         "attention_kwargs": {"references": references},
-        "generator": generator,
     }
 
 

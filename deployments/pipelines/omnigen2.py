@@ -30,6 +30,8 @@ _TEMPLATE = (
     " instructions.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
 )
 
+_BILINEAR, _LANCZOS = Image.Resampling.BILINEAR, Image.Resampling.LANCZOS
+
 _TOKENS = 256
 """Longest text that is read, templates included."""
 
@@ -90,12 +92,10 @@ class OmniGen2Pipeline(DiffusionPipeline):
         """Render one picture of `width` x `height` pixels; above a megapixel it is drawn smaller.
 
         `images` are the references (RGB, sides of 16 pixels or more), `image_generator` draws their latents.
-        With `guidance_scale` above 1 the result is guided away from the negative prompt, which is read once
-        in the template if it is empty; all other texts are read in it twice, as in training.
+        With `guidance_scale` above 1 the result is guided away from the negative prompt.
         """
-        negative = negative_prompt and _TEMPLATE.format(negative_prompt)
-        texts = [_TEMPLATE.format(prompt), negative] if guidance_scale > 1 else [_TEMPLATE.format(prompt)]
-        contexts = [self._read(_TEMPLATE.format(text)) for text in texts]
+        texts = [prompt, negative_prompt] if guidance_scale > 1 else [prompt]
+        contexts = [self._read(text) for text in texts]
         references = [self._encode(image, image_generator) for image in images]
 
         scale = min(math.sqrt(_PIXELS / (width * height)), 1)
@@ -130,15 +130,17 @@ class OmniGen2Pipeline(DiffusionPipeline):
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def _read(self, text: str) -> Tensor:
-        """Return what the language model makes of a text, [1, L, its width]."""
-        tokens = self.tokenizer(text, truncation=True, max_length=_TOKENS, return_tensors="pt")
+        """Return what the language model makes of a text in the template, [1, L, its width]."""
+        tokens = self.tokenizer(
+            _TEMPLATE.format(text), truncation=True, max_length=_TOKENS, return_tensors="pt"
+        )
         return self.mllm(tokens.input_ids.to(self._execution_device)).last_hidden_state
 
     def _encode(self, image: Image.Image, generator: torch.Generator) -> Tensor:
         """Return latents [1, C, h, w] of a reference, which is never enlarged."""
         width, height = image.size
         scale = min(math.sqrt(_PIXELS / (width * height)), _SIDE / max(width, height), 1)
-        seen = image.resize((_floor(width * scale), _floor(height * scale)), Image.Resampling.LANCZOS)
+        seen = image.resize((_floor(width * scale), _floor(height * scale)), _LANCZOS)
         pixels = torch.from_numpy(np.array(seen, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
         posterior = self.vae.encode(pixels.to(self._execution_device, self.vae.dtype)).latent_dist
         return (posterior.sample(generator) - self.vae.config.shift_factor) * self.vae.config.scaling_factor
@@ -147,8 +149,29 @@ class OmniGen2Pipeline(DiffusionPipeline):
 def reference_arguments(
     _pipeline: OmniGen2Pipeline, prompt: PromptSpec, controls: Sequence[Image.Image]
 ) -> dict[str, Any]:
-    """Arguments for the references. Their noise comes from a generator of its own, of the same seed."""
-    return {"images": controls, "image_generator": torch.Generator("cpu").manual_seed(prompt.seed)}
+    """Arguments for texts and references. Those draw from a generator of their own, of the same seed.
+
+    Texts are put in the template twice, here and by the pipeline, as in training; not so an empty negative
+    one.
+    """
+    return {
+        "prompt": _TEMPLATE.format(prompt.prompt),
+        "negative_prompt": prompt.neg and _TEMPLATE.format(prompt.neg),
+        "images": controls,
+        "image_generator": torch.Generator("cpu").manual_seed(prompt.seed),
+    }
+
+
+def reference_preview_arguments(
+    pipeline: OmniGen2Pipeline, prompt: PromptSpec, controls: Sequence[Image.Image]
+) -> dict[str, Any]:
+    """As `reference_arguments` for a preview: the reference is stretched to its size."""
+    size = (prompt.width, prompt.height)
+    return {
+        **reference_arguments(pipeline, prompt, [image.resize(size, _BILINEAR) for image in controls]),
+        "negative_prompt": _TEMPLATE.format(prompt.neg),
+        "image_generator": torch.Generator(pipeline._execution_device).manual_seed(prompt.seed),
+    }
 
 
 def _floor(side: float) -> int:

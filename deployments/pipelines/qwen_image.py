@@ -11,7 +11,8 @@ it right, and what is almost black differs little).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -66,31 +67,100 @@ def use_own_processor(pipeline: Any) -> None:  # noqa: ANN401 - any Qwen-Image p
 def edit_arguments(pipeline: Any, prompt: PromptSpec, controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401
     """Arguments for Qwen-Image-Edit: one control image, stretched to the output's aspect for the latents."""
     image = controls[0].resize((prompt.width, prompt.height), Image.Resampling.LANCZOS)
-    return {"image": image, **_embeddings(pipeline, prompt, _seen(controls[0], _MEGAPIXEL))}
+    seen = _shrink_swapped(_pixels(controls[0]), _MEGAPIXEL)
+    return {"image": image, **_embeddings(pipeline, prompt, seen, seen)}
+
+
+def edit_preview_arguments(
+    pipeline: Any,  # noqa: ANN401
+    prompt: PromptSpec,
+    controls: Sequence[Image.Image],
+) -> dict[str, Any]:
+    """As `edit_arguments` where the trainer renders a preview."""
+    image = controls[0].resize((prompt.width, prompt.height), Image.Resampling.BILINEAR)
+    seen = _shrink(_pixels(controls[0]), _MEGAPIXEL)
+    return {"image": image, **_embeddings(pipeline, prompt, seen, seen)}
 
 
 def edit_plus_arguments(pipeline: Any, prompt: PromptSpec, controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401
     """Arguments for Qwen-Image-Edit-2509 and -2511: control images in their own aspects."""
-    return {
-        "image": list(controls),
-        **_embeddings(pipeline, prompt, [_seen(control, _SMALL) for control in controls]),
+    seen = [_shrink_swapped(_pixels(control), _SMALL) for control in controls]
+    return {"image": list(controls), **_embeddings(pipeline, prompt, seen, seen)}
+
+
+def edit_plus_preview_arguments(
+    pipeline: Any,  # noqa: ANN401
+    prompt: PromptSpec,
+    controls: Sequence[Image.Image],
+) -> dict[str, Any]:
+    """As `edit_plus_arguments` where the trainer renders a preview.
+
+    The negative prompt sees what the prompt saw, resized once more; mostly that changes nothing.
+    """
+    painted = [*controls[:1], *controls[2:]] if prompt.second_is_shown_only else list(controls)
+    seen = [_shrink(_pixels(control), _SMALL) for control in controls]
+    again = [_shrink(pixels, _SMALL) for pixels in seen]
+    return {"image": painted, **_embeddings(pipeline, prompt, seen, again)}
+
+
+@contextmanager
+def without_rescale(pipeline: Any, arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
+    """Guide here: diffusers would then scale each token to the norm that it has without guidance."""
+    guidance, transformer = arguments["true_cfg_scale"], pipeline.transformer
+    away = {
+        "encoder_hidden_states": arguments.pop("negative_prompt_embeds"),
+        "encoder_hidden_states_mask": arguments.pop("negative_prompt_embeds_mask"),
     }
+    own = transformer.forward
+
+    def guided(**inputs: Any) -> tuple[Tensor]:  # noqa: ANN401
+        (positive,), (negative,) = own(**inputs), own(**{**inputs, **away})
+        return (negative + guidance * (positive - negative),)
+
+    arguments["true_cfg_scale"] = 1.0
+    if guidance > 1:
+        transformer.forward = guided
+    try:
+        yield
+    finally:
+        transformer.forward = own
 
 
-def _embeddings(pipeline: Any, prompt: PromptSpec, seen: Tensor | list[Tensor]) -> dict[str, Any]:  # noqa: ANN401
+def _embeddings(
+    pipeline: Any,  # noqa: ANN401
+    prompt: PromptSpec,
+    seen: Tensor | list[Tensor],
+    seen_by_negative: Tensor | list[Tensor],
+) -> dict[str, Any]:
     """Encode both prompts here: the pipeline would show the text encoder other pictures."""
     arguments: dict[str, Any] = {}
-    for name, text in (("prompt", prompt.prompt), ("negative_prompt", prompt.neg)):
+    prompts = (("prompt", prompt.prompt, seen), ("negative_prompt", prompt.neg, seen_by_negative))
+    for name, text, pictures in prompts:
         # A placeholder in somebody's text would ask for an image that is not there.
-        embeddings, _ = pipeline.encode_prompt(text.replace(_IMAGE, ""), image=seen)
+        embeddings, _ = pipeline.encode_prompt(text.replace(_IMAGE, ""), image=pictures)
         mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
         arguments |= {name: None, f"{name}_embeds": embeddings, f"{name}_embeds_mask": mask}
     return arguments
 
 
-def _seen(control: Image.Image, area: int) -> Tensor:
-    """Return a control image as the text encoder sees it: [1, 3, H, W] in 0..1, sides multiples of 32."""
-    pixels = torch.from_numpy(np.array(control, dtype=np.float32) / 255).permute(2, 0, 1)[None]
-    swapped = control.height / control.width
-    width, height = (round(math.sqrt(area * ratio) / 32) * 32 for ratio in (swapped, 1 / swapped))
-    return functional.interpolate(pixels, size=(height, width), mode="bilinear")
+def _pixels(image: Image.Image) -> Tensor:
+    """Return an image as [1, 3, H, W] in 0..1."""
+    return torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1)[None]
+
+
+def _shrink(pixels: Tensor, area: int) -> Tensor:
+    """Resize [1, 3, H, W] to about `area`, its sides multiples of 32, as the trainer does."""
+    aspect = pixels.shape[-2] / pixels.shape[-1]
+    height = math.sqrt(area * aspect)
+    return _resize(pixels, height, height / aspect)
+
+
+def _shrink_swapped(pixels: Tensor, area: int) -> Tensor:
+    """As `_shrink` with the sides swapped, as the reference server has it."""
+    aspect = pixels.shape[-2] / pixels.shape[-1]
+    return _resize(pixels, math.sqrt(area / aspect), math.sqrt(area * aspect))
+
+
+def _resize(pixels: Tensor, height: float, width: float) -> Tensor:
+    size = (round(height / 32) * 32, round(width / 32) * 32)
+    return functional.interpolate(pixels, size=size, mode="bilinear")

@@ -1,7 +1,8 @@
 """The golden cases: requests, the pictures that must come out, and the tiny checkpoints they run on.
 
-Each model id has a folder: `cases.json`, `*.npy` (uint8, H x W x 3, before any encoding), `lora/` as LoRA
-root, `repos.json` from repository to the folder (or folders, put together) with its configs and tokenizers.
+Each model id has a folder: `cases.json`, `preview.json` (requests with that `sampling`), `*.npy` (uint8,
+H x W x 3, before any encoding), `lora/` as LoRA root, `repos.json` from repository to the folder (or folders,
+put together) with its configs and tokenizers.
 """
 
 from __future__ import annotations
@@ -60,11 +61,16 @@ class Case:
 
 def load_cases() -> list[Case]:
     """Return every case of every id; those of a sequence in its order, to be run in one process."""
-    return [case for model in MODELS for case in _load_model(model)]
+    return [case for model in MODELS for case in _load(model, "cases.json")]
 
 
-def _load_model(model: str) -> list[Case]:
-    entries = json.loads((FOLDER / model / "cases.json").read_text())
+def load_previews() -> list[Case]:
+    """Return every case of every id that is rendered as the trainer renders it."""
+    return [case for model in MODELS for case in _load(model, "preview.json")]
+
+
+def _load(model: str, file: str) -> list[Case]:
+    entries = json.loads((FOLDER / model / file).read_text())
     entries.sort(key=lambda entry: list(entry.get("sequence", {}).values()))
     return [_case(model, entry) for entry in entries]
 

@@ -208,6 +208,8 @@ def test_models_lists_the_catalogue(service: Service) -> None:
         "gated": True,
         "licence": "FLUX.1 [dev] Non-Commercial",
         "output_formats": ["jpeg", "png", "webp"],
+        "preview_differs": "`ctrl_img` wins over the numbered control images;"
+        " it is resized twice for sizes that are no multiples of 16.",
     }
 
 

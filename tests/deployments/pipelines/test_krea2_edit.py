@@ -12,7 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from deployments.catalog import CATALOG
-from deployments.pipelines.krea2_edit import Krea2EditTransformer, References, edit_arguments
+from deployments.pipelines.krea2_edit import (
+    Krea2EditTransformer,
+    References,
+    edit_arguments,
+    edit_preview_arguments,
+)
 from tests.studio import Studio
 
 IDS = ("krea2_o_edit", "krea2_o_edit_turbo")
@@ -156,6 +161,20 @@ def test_the_noise_is_drawn_after_the_references(used: Studio) -> None:
         states.append(torch.randn(4, generator=arguments["generator"]).tolist())
     assert states[0] != states[1]
     assert states[0] != torch.randn(4, generator=torch.Generator().manual_seed(5)).tolist()
+
+
+def test_in_previews_the_second_image_may_be_for_the_text_alone(used: Studio) -> None:
+    def arguments(shown_only: bool) -> dict[str, Any]:
+        prompt = used.prompt(second_is_shown_only=shown_only, sampling="preview", guidance=1.0)
+        with torch.inference_mode():
+            return edit_preview_arguments(used.engine._pipeline, prompt, IMAGES)
+
+    two, three = arguments(True), arguments(False)
+    positions = [one["attention_kwargs"]["references"].positions[:, 0] for one in (two, three)]
+    assert [one.unique().tolist() for one in positions] == [[1, 2], [1, 2, 3]]
+    assert torch.equal(two["prompt_embeds"], three["prompt_embeds"])
+    # The noise is the first that the seed gives: the engine's own generator draws it.
+    assert "generator" not in two
 
 
 def test_prompts_are_read_to_their_end(used: Studio) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,23 +91,23 @@ def test_texts_are_put_in_the_template_twice_but_an_empty_negative_one_once(
         return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n"
 
     pipeline, texts = used.engine._pipeline, []
-    read = pipeline._read
+    tokenizer = pipeline.tokenizer
 
-    def watch(text: str) -> Tensor:
+    def watch(text: str, **options: Any) -> object:
         texts.append(text)
-        return read(text)
+        return tokenizer(text, **options)
 
-    monkeypatch.setattr(pipeline, "_read", watch)
-    for neg in ("", "dull"):
-        used.picture(prompt="a cat", neg=neg, steps=1)
+    monkeypatch.setattr(pipeline, "tokenizer", watch)
+    for neg, sampling in (("", "reference"), ("dull", "reference"), ("", "preview")):
+        used.picture(prompt="a cat", neg=neg, sampling=sampling, steps=1)
     cat, empty, dull = template(template("a cat")), template(""), template(template("dull"))
-    assert texts == [cat, empty, cat, dull]
+    assert texts == [cat, empty, cat, dull, cat, template(empty)]
 
 
-def test_a_text_as_read_with_its_causal_mask_and_the_last_norm(used: Studio) -> None:
-    context = used.engine._pipeline._read("a cat")
-    longer = used.engine._pipeline._read("a cat and a dog")
-    torch.testing.assert_close(longer[:, : context.shape[1]], context)
+def test_a_text_is_read_from_left_to_right_and_to_its_256th_token(used: Studio) -> None:
+    one, other = (used.engine._pipeline._read(text) for text in ("a cat", "two dogs in the snow"))
+    same = len(used.engine._pipeline.tokenizer(f"<|im_start|>system\n{SYSTEM}").input_ids)
+    torch.testing.assert_close(one[:, :same], other[:, :same])
     assert used.engine._pipeline._read("a " * 400).shape[1] == 256
 
 
@@ -171,6 +172,14 @@ def test_the_longest_shape_that_is_taken_leaves_a_reference(used: Studio) -> Non
             assert taken.take(size)
             scale = min(math.sqrt(1024**2 / math.prod(size)), 1024 / max(size), 1)
             assert min(int(side * scale) for side in size) >= 16
+
+
+def test_a_preview_stretches_its_reference_and_has_sizes_of_8(used: Studio) -> None:
+    picture = used.picture(width=152, height=120, sampling="preview", controls=IMAGES[:1])
+    assert picture.shape == (120, 152, 3)
+    stretched = IMAGES[0].resize((152, 120), Image.Resampling.BILINEAR)
+    again = used.picture(width=152, height=120, sampling="preview", controls=[stretched])
+    assert np.array_equal(picture, again)
 
 
 @pytest.mark.slow

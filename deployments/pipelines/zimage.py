@@ -1,0 +1,15 @@
+"""Z-Image: how the trainer's previews count guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from deployments.render import PromptSpec
+
+
+def preview_arguments(_pipeline: Any, prompt: PromptSpec, _controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401
+    """Arguments for guidance, which the pipeline counts from 0 and the trainer from 1."""
+    return {"guidance_scale": max(0.0, prompt.guidance - 1)}
