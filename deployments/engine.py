@@ -155,6 +155,11 @@ class Engine:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
     @property
+    def _pipeline_class(self) -> Any:  # noqa: ANN401 - a pipeline of diffusers or of ours
+        name = self.spec.pipeline
+        return _named(name if "." in name else f"diffusers.{name}")
+
+    @property
     def _loaded_adapters(self) -> Adapters:
         if self._adapters is None:
             raise RuntimeError("the engine is not loaded")
@@ -251,7 +256,7 @@ class Engine:
         return arguments
 
     def _family_function(self, name: str) -> Callable[..., Any]:
-        return _named(f"deployments.pipelines.{self.spec.family}.{name}")
+        return _named(f"deployments.pipelines.{name if '.' in name else f'{self.spec.family}.{name}'}")
 
 
 def _named(path: str) -> Any:  # noqa: ANN401 - a class or a function

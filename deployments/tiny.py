@@ -22,10 +22,15 @@ from safetensors.torch import save_file, save_model
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME as TRANSFORMERS_WEIGHTS
 
+from deployments.pipelines.omnigen2_transformer import OmniGen2Transformer2DModel
+
 TINY_FLUX = Path(__file__).parent / "tiny_flux"
 """Configs and tokenizers of a FLUX.1 of two double and two single blocks, 32 wide."""
 
 _RANK = 4
+
+_OURS = {"OmniGen2Transformer2DModel": OmniGen2Transformer2DModel}
+"""Classes that configs name and no library has."""
 
 
 def materialize(source: Path, target: Path, model_class: type[PreTrainedModel] | None = None) -> None:
@@ -41,8 +46,9 @@ def materialize(source: Path, target: Path, model_class: type[PreTrainedModel] |
     # Schedulers and tokenizers have no config.json and no weights.
     for file in sorted(source.rglob("config.json")):
         library, class_name = entries.get(file.parent.name) or _class_of(json.loads(file.read_text()))
-        stated = getattr(diffusers if library == "diffusers" else transformers, class_name)
-        _materialize_component(model_class or stated, target / file.parent.relative_to(source))
+        stated = getattr(diffusers if library == "diffusers" else transformers, class_name, None)
+        made = model_class or stated or _OURS[class_name]
+        _materialize_component(made, target / file.parent.relative_to(source))
 
 
 def write_tiny_checkpoints(target: Path) -> None:

@@ -242,6 +242,7 @@ def _resolve_prompt(request: InferenceRequest, index: int, model: ModelSpec) -> 
         seed=_seed(prompt.seed, index),
         num_frames=(prompt.num_frames or model.video.frames) if model.video else None,
         fps=(prompt.fps or model.video.fps) if model.video else None,
+        options={name: _option(request, name, default) for name, default in model.options.items()},
         sampling=request.sampling or "reference",
         multiplier=flags.network_multiplier,
         guidance_rescale=flags.guidance_rescale,
@@ -260,6 +261,11 @@ def _read_prompt(request: InferenceRequest, index: int) -> tuple[PromptItem, Fla
     except FlagError as error:
         raise Refusal(Code.PROMPT_FLAG_INVALID, prompt_index=index, reason=str(error)) from error
     return prompt.model_copy(update={**flags.overrides, "prompt": text}), flags
+
+
+def _option(request: InferenceRequest, name: str, default: bool) -> bool:
+    sent: bool | None = getattr(request, name)
+    return default if sent is None else sent
 
 
 def _text(request: InferenceRequest, prompt: PromptItem) -> str:

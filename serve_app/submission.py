@@ -30,9 +30,8 @@ async def submit(request: InferenceRequest, key: str | None, tenant: str, parts:
     files that body names, and however many jobs are waiting. Raises `Refusal`, `StoreUnavailable` and
     `StoreError`.
     """
-    threads = (
-        parts.pictures if any(any(prompt.control_images) for prompt in request.prompts) else parts.threads
-    )
+    pictures = any(any(prompt.control_images) for prompt in request.prompts)
+    threads = parts.pictures if pictures else parts.threads
     admitted = await parts.run(partial(_admit, request, key, tenant, parts), threads)
     if isinstance(admitted, Job):
         return admitted

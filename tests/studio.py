@@ -30,8 +30,10 @@ class Studio:
     def prompt(self, **fields: Any) -> PromptSpec:
         """Return a small prompt with some fields of its own."""
         defaults = {"prompt": "a red bicycle", "neg": "", "width": 96, "height": 64, "steps": 2, "seed": 5}
-        video = {"num_frames": 5, "fps": 16} if self.engine.spec.video else {}
-        return PromptSpec(**{**defaults, **video, "guidance": self.engine.spec.guidance, **fields})
+        spec = self.engine.spec
+        own = {"guidance": spec.guidance, "options": dict(spec.options)}
+        video = {"num_frames": 5, "fps": 16} if spec.video else {}
+        return PromptSpec(**{**defaults, **own, **video, **fields})
 
     def picture(self, **fields: Any) -> np.ndarray:
         """Return the picture (uint8, H x W x 3) or video (F x H x W x 3) of one prompt as things are."""

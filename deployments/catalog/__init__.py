@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from deployments.catalog import chroma, flux, flux2, hidream, krea2, lumina2, qwen_image, sd, wan, zimage
+from deployments.catalog import (
+    chroma,
+    flux,
+    flux2,
+    hidream,
+    krea2,
+    lumina2,
+    omnigen2,
+    qwen_image,
+    sd,
+    wan,
+    zimage,
+)
 from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Part, Preview, Video
 
 __all__ = ["CATALOG", "Checkpoint", "ControlImages", "ModelSpec", "Part", "Preview", "Video"]
 
-_FAMILIES = (flux, chroma, flux2, sd, zimage, qwen_image, lumina2, krea2, hidream, wan)
+_FAMILIES = (flux, chroma, flux2, sd, zimage, qwen_image, lumina2, krea2, hidream, omnigen2, wan)
 
 CATALOG: Mapping[str, ModelSpec] = MappingProxyType(
     {row.id: row for family in _FAMILIES for row in family.ROWS}

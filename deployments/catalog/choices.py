@@ -39,6 +39,11 @@ def first(fields: Sequence[str | None]) -> Choice:
     return Choice(_there(*fields)[:1])
 
 
+def main_only(fields: Sequence[str | None]) -> Choice:
+    """Choose `ctrl_img` and no other."""
+    return Choice(_there(fields[0]))
+
+
 def main_in_front(fields: Sequence[str | None]) -> Choice:
     """Choose `ctrl_img`, which takes the place of `ctrl_img_1`, then the others."""
     main, one, *others = fields

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from deployments.catalog.spec import Checkpoint, ModelSpec, Preview
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from deployments.catalog.choices import main_shown_twice
+from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Part, Preview
+
+RAW = Checkpoint(repo="krea/Krea-2-Raw", gated=True)
+TURBO = Checkpoint(repo="krea/Krea-2-Turbo", gated=True)
 
 TILED = Preview(
     differs="Pictures with a side above 256 pixels are decoded in tiles.",
@@ -10,13 +17,31 @@ TILED = Preview(
 )
 """As the trainer decodes with `low_vram`, which its user interface sets for these models."""
 
+EDIT_TRANSFORMER = "deployments.pipelines.krea2_edit.Krea2EditTransformer"
+
+EDIT_IMAGES = ControlImages(least=1, most=3, most_aspect=150)
+
+EDIT_OPTIONS: Mapping[str, bool] = MappingProxyType({"kv_cache": True, "match_target_res": True})
+"""As LoRAs are trained since July 2026; older ones need both off."""
+
+EDIT_PREVIEW = Preview(
+    differs="The noise does not depend on the control images; the text encoder sees `ctrl_img` twice, and for"
+    " the latents it takes the place of `ctrl_img_1`; pictures with a side above 256 pixels are decoded in"
+    " tiles.",
+    fields={
+        "arguments": "krea2_edit.edit_preview_arguments",
+        "during": "tiled_decode",
+        "control_images": ControlImages(least=1, most=4, most_aspect=150, choose=main_shown_twice),
+    },
+)
+
 ROWS = (
     ModelSpec(
         id="krea2",
         family="krea2",
         title="Krea 2 Raw",
         pipeline="Krea2Pipeline",
-        checkpoint=Checkpoint(repo="krea/Krea-2-Raw", gated=True),
+        checkpoint=RAW,
         adjust="keep_state_in_float32",
         arguments="text_arguments",
         steps=30,
@@ -31,7 +56,7 @@ ROWS = (
         family="krea2",
         title="Krea 2 Turbo",
         pipeline="Krea2Pipeline",
-        checkpoint=Checkpoint(repo="krea/Krea-2-Turbo", gated=True),
+        checkpoint=TURBO,
         # Or diffusers would pin the shift that depends on the size; neither trainer nor reference does.
         load_options={"is_distilled": False},
         adjust="keep_state_in_float32",
@@ -42,5 +67,42 @@ ROWS = (
         memory_gib={"transformer": 23.9, "text_encoder": 8.3, "vae": 0.24},
         licence="Krea 2 Licence",
         preview=TILED,
+    ),
+    ModelSpec(
+        id="krea2_o_edit",
+        family="krea2",
+        title="Krea 2 Raw, editing",
+        pipeline="Krea2Pipeline",
+        checkpoint=RAW,
+        parts={"transformer": Part(class_name=EDIT_TRANSFORMER, checkpoint=RAW, folder="transformer")},
+        control_images=EDIT_IMAGES,
+        options=EDIT_OPTIONS,
+        adjust="keep_state_in_float32",
+        arguments="krea2_edit.edit_arguments",
+        steps=30,
+        guidance=4.0,
+        divisor=16,
+        memory_gib={"transformer": 23.9, "text_encoder": 8.3, "vae": 0.24},
+        licence="Krea 2 Licence",
+        preview=EDIT_PREVIEW,
+    ),
+    ModelSpec(
+        id="krea2_o_edit_turbo",
+        family="krea2",
+        title="Krea 2 Turbo, editing",
+        pipeline="Krea2Pipeline",
+        checkpoint=TURBO,
+        parts={"transformer": Part(class_name=EDIT_TRANSFORMER, checkpoint=TURBO, folder="transformer")},
+        load_options={"is_distilled": False},
+        control_images=EDIT_IMAGES,
+        options=EDIT_OPTIONS,
+        adjust="keep_state_in_float32",
+        arguments="krea2_edit.edit_arguments",
+        steps=8,
+        guidance=1.0,
+        divisor=16,
+        memory_gib={"transformer": 23.9, "text_encoder": 8.3, "vae": 0.24},
+        licence="Krea 2 Licence",
+        preview=EDIT_PREVIEW,
     ),
 )

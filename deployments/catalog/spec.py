@@ -89,13 +89,15 @@ class ModelSpec:
     `pipeline` and the scheduler's class are diffusers class names, `pipeline` one of ours with its module in
     front; `scheduler` replaces the repository's own.
     `image_pipeline` takes the place of `pipeline`, over the same components, for prompts with control images.
-    `parts` are components from other repositories; a model that is `assembled` has no other components.
-    `experts` are the components of the two transformers by their names in requests, if there are two.
+    `parts` are components from other repositories, or of classes of ours; a model that is `assembled` has no
+    other components. `experts` are the components of the two transformers by their names in requests, if
+    there are two.
     Defaults are the reference server's: sizes in pixels, floored to `divisor` in requests.
     `guidance_argument` is what the pipeline's call names guidance; the negative prompt is passed where the
     call has one. `call_options` are passed to every call. `adjust`, `arguments` and `during` name functions
-    of the family's module in `pipelines`: the first changes the loaded pipeline, the second adds arguments to
-    its call, the third is a context manager around the call.
+    of the family's module in `pipelines`, or of another one there by its dotted name: the first changes the
+    loaded pipeline, the second adds arguments to its call, the third is a context manager around the call.
+    `options` are the switches of requests that the model has, by the names of their fields, with defaults.
     `memory_gib` is the size of each part in bfloat16, `activations_gib` about what a prompt of the
     default size needs beside them. `licence` is the SPDX name or the licence's own.
     `preview` is there unless the trainer's previews differ by nothing but the rules for its prompts.
@@ -121,6 +123,7 @@ class ModelSpec:
     guidance_argument: str = "guidance_scale"
     negative_prompt: bool = True
     control_images: ControlImages = ControlImages()
+    options: Mapping[str, bool] = field(default_factory=lambda: MappingProxyType({}))
     adjust: str | None = None
     arguments: str | None = None
     during: str | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,15 +23,23 @@ def keep_state_in_float32(pipeline: Any) -> None:  # noqa: ANN401 - any diffuser
 
 
 def text_arguments(pipeline: Any, prompt: PromptSpec, _controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401
-    """Arguments for the prompts, whose dtype the pipeline takes for its latents, and for guidance.
+    """Arguments for the prompts and for guidance."""
+    return guided_arguments(
+        prompt, lambda text: pipeline.encode_prompt(text, max_sequence_length=_TEXT_TOKENS)
+    )
 
-    Diffusers counts guidance from 0 for this model: 1 in a request guides by nothing.
+
+def guided_arguments(prompt: PromptSpec, encode: Callable[[str], tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """Arguments for guidance and for the prompts that it needs, as embeddings and masks by `encode`.
+
+    Diffusers counts guidance from 0 for this model: 1 in a request guides by nothing. The pipeline takes the
+    embeddings' dtype for its latents.
     """
     guidance = max(0.0, prompt.guidance - 1)
     texts = {"prompt": prompt.prompt} | ({"negative_prompt": prompt.neg} if guidance else {})
     arguments: dict[str, Any] = {"guidance_scale": guidance, "negative_prompt": None}
     for name, text in texts.items():
-        embeds, mask = pipeline.encode_prompt(text, max_sequence_length=_TEXT_TOKENS)
+        embeds, mask = encode(text)
         arguments |= {name: None, f"{name}_embeds": embeds.float(), f"{name}_embeds_mask": mask}
     return arguments
 

@@ -53,7 +53,10 @@ def _defaults(spec: ModelSpec) -> str:
         "`guidance_scale`": spec.guidance,
         "`neg`": "used" if spec.negative_prompt else "taken and ignored",
         "control images": _controls(spec),
+        "`output_format`": ", ".join(f"`{name}`" for name in spec.formats),
     }
+    if spec.video:
+        rows["`num_frames`, `fps`"] = f"{spec.video.frames}, {spec.video.fps}"
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join(["| field | value |", "|---|---|", *lines])
 
@@ -78,7 +81,10 @@ def _example(spec: ModelSpec) -> dict[str, object]:
     prompt: dict[str, object] = {"prompt": "a red fox in the snow", "seed": 42}
     if spec.control_images.least:
         prompt["ctrl_img"] = "https://example.org/fox.png"
-    return {"model": spec.id, "loras": [{"path": "my_style.safetensors"}], "prompts": [prompt]}
+    loras: list[dict[str, str]] = [{"path": "my_style.safetensors"}]
+    if spec.experts:
+        loras = [{"path": f"my_style_{expert}.safetensors", "transformer": expert} for expert in spec.experts]
+    return {"model": spec.id, "loras": loras, "prompts": [prompt]}
 
 
 def _controls(spec: ModelSpec) -> str:

@@ -19,8 +19,8 @@ from tests.studio import Studio, largest_difference
 
 Get = Callable[[str], Studio]
 
-# diffusers loads nothing from the trainer's files for Chroma, and has no HiDream-O1.
-READ_BY_DIFFUSERS = [model for model in MODELS if model not in ("chroma", "hidream_o1")]
+# diffusers loads nothing from the trainer's files for Chroma, and has neither HiDream-O1 nor OmniGen2.
+READ_BY_DIFFUSERS = [model for model in MODELS if model not in ("chroma", "hidream_o1", "omnigen2")]
 
 
 def picture_by_peft(used: Studio, lora: Path, multiplier: float) -> Any:
@@ -116,6 +116,7 @@ def test_lokr_with_whole_and_with_split_factors(both: Any, tmp_path: Path) -> No
     [
         ("qwen_image", "diffusion_model.transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q"),
         ("lumina2", "transformer.layers.0.attn.to_q", "layers.0.attn.to_q"),
+        ("omnigen2", "diffusion_model.layers.0.norm1.linear", "layers.0.norm1.linear"),
         ("krea2", "diffusion_model.blocks.0.mlp.gate", "transformer_blocks.0.ff.gate"),
         (
             "krea2",

@@ -86,6 +86,7 @@ def test_flux_has_no_negative_prompt_and_embeds_guidance(studio: Get, model: str
             "krea2_turbo",
             "hidream_e1",
             "hidream_o1",
+            "omnigen2",
         ]
     ),
 )
@@ -115,6 +116,7 @@ def test_z_image_guides_above_zero(studio: Get, model: str) -> None:
         ("zimage", 512),
         ("qwen_image", 512),
         ("lumina2", 256),
+        ("omnigen2", 256),
         ("krea2", 512),
     ],
 )

@@ -39,6 +39,7 @@ def test_defaults_are_those_of_the_row(place: Path, row: ModelSpec) -> None:
         controls=(content_key(png()),) if image else (),
         num_frames=row.video.frames if row.video else None,
         fps=row.video.fps if row.video else None,
+        options=dict(row.options),
     )
     lora = LoraSpec(path="style.safetensors", multiplier=1.0, **expert)
     format_ = "webp" if row.video else "jpeg"
@@ -49,6 +50,18 @@ def test_null_means_default_everywhere(place: Path) -> None:
     names = ("width", "height", "guidance_scale", "sample_steps", "neg", "seed", "trigger_word", "ctrl_img")
     nulls = body(prompt=dict.fromkeys(names), lora={"network_multiplier": None}, output_format=None)
     assert admitted(place, nulls) == admitted(place, body())
+
+
+def test_options_are_those_of_the_request_where_the_model_has_them(place: Path) -> None:
+    image = {"ctrl_img": base64_png()}
+
+    def options(model: str, **fields: bool | None) -> dict[str, bool]:
+        return admitted(place, body(model=model, prompt=image, **fields)).prompts[0].options
+
+    assert options("krea2_o_edit", kv_cache=False) == {"kv_cache": False, "match_target_res": True}
+    assert options("krea2_o_edit", match_target_res=False) == {"kv_cache": True, "match_target_res": False}
+    assert options("krea2_o_edit", kv_cache=None) == {"kv_cache": True, "match_target_res": True}
+    assert options("flux", kv_cache=True) == {}
 
 
 def test_own_values_are_kept(place: Path) -> None:

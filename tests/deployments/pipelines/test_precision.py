@@ -27,9 +27,11 @@ def in_bfloat16(new_studio: NewStudio, monkeypatch: pytest.MonkeyPatch) -> NewSt
         "qwen_image_edit_plus",
         "lumina2",
         "krea2",
+        "krea2_o_edit",
         "hidream",
         "hidream_e1",
         "hidream_o1",
+        "omnigen2",
     ],
 )
 def test_rotary_frequencies(in_bfloat16: NewStudio, model: str) -> None:
