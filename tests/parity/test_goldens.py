@@ -27,5 +27,7 @@ def test_golden(case: Case, studio: Callable[[str], Studio], tmp_path: Path) -> 
     job = render_job(engine, spec, loras=loras, controls=controls, observer=Unwatched(), report=report)
     rendered = list(job)
     case.check([item.media.pixels for item in rendered])
-    assert tuple(item.manifest["parameters"]["seed"] for item in rendered) == case.seeds
+    told = [item.manifest["parameters"] for item in rendered]
+    assert tuple(parameters["seed"] for parameters in told) == case.seeds
+    assert {parameters["sampling"] for parameters in told} == {case.request.get("sampling", "reference")}
     assert report.warnings == []
