@@ -43,6 +43,10 @@ class Delta(Protocol):
         """Cut the output into one delta for each of `sizes`, which add up to its own size."""
         ...
 
+    def formed(self, *, in_file_dtype: bool) -> Delta:
+        """Return it as a merge by hand forms it, in the dtype of the file, or exact."""
+        ...
+
     def __call__(self, layer: Layer, x: Tensor) -> Tensor:
         """Return the unscaled addition for the layer's input `x`, in the dtype of the weights."""
         ...
@@ -50,11 +54,16 @@ class Delta(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """`up @ down`: down [rank, in], up [out, rank]; for convolutions [rank, in, h, w], [out, rank, 1, 1]."""
+    """`up @ down`: down [rank, in], up [out, rank]; for convolutions [rank, in, h, w], [out, rank, 1, 1].
+
+    Formed in the file's dtype, the product for a linear layer is rounded to that, as a merge would do it.
+    """
 
     down: Tensor
     up: Tensor
     scale: float
+    file_dtype: torch.dtype
+    in_file_dtype: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -75,12 +84,19 @@ class LowRank:
         """Cut the output into one delta for each of `sizes`, which add up to its own size."""
         return [replace(self, up=up) for up in self.up.split(list(sizes))]
 
+    def formed(self, *, in_file_dtype: bool) -> LowRank:
+        """Return it as a merge by hand forms it, in the dtype of the file, or exact."""
+        return replace(self, in_file_dtype=in_file_dtype)
+
     def __call__(self, layer: Layer, x: Tensor) -> Tensor:
         """Return the unscaled addition for the layer's input `x`, in the dtype of the weights."""
         x = x.to(self.down.dtype)
         if isinstance(layer, torch.nn.Conv2d):
             inner = functional.conv2d(x, self.down, None, layer.stride, layer.padding, layer.dilation)
             return functional.conv2d(inner, self.up)
+        if self.in_file_dtype:
+            product = self.up.to(self.file_dtype) @ self.down.to(self.file_dtype)
+            return functional.linear(x, product.to(x.dtype))
         return functional.linear(functional.linear(x, self.down), self.up)
 
 
@@ -121,6 +137,10 @@ class Kronecker:
             pieces.append(replace(self, w1=w1, start=skipped, stop=skipped + size))
         return pieces
 
+    def formed(self, *, in_file_dtype: bool) -> Kronecker:
+        """Return it as it is: nobody merges these by hand."""
+        return self
+
     def __call__(self, layer: Layer, x: Tensor) -> Tensor:
         """Return the unscaled addition for the layer's input `x`, in the dtype of the weights.
 
@@ -152,7 +172,7 @@ def _low_rank(stem: str, parts: Mapping[Role, Tensor]) -> LowRank:
     if down.dim() not in (2, 4) or up.dim() != down.dim() or down.shape[0] != up.shape[1] or not down.numel():
         shapes = f"{list(down.shape)} and {list(up.shape)}"
         raise unsupported(f"has matrices of shapes {shapes} at {shorten(stem)}, which make no LoRA")
-    return LowRank(down, up, _scale(stem, parts, rank=down.shape[0]))
+    return LowRank(down, up, _scale(stem, parts, rank=down.shape[0]), file_dtype=up.dtype)
 
 
 def _kronecker(stem: str, parts: Mapping[Role, Tensor]) -> Kronecker:
