@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.parity.cases import FOLDER, MODELS, load_cases
+from deployments.catalog import CATALOG
+from tests.parity.cases import FOLDER, MODELS, load_cases, load_previews
 
 COMMAND = Path(sys.executable).with_name("lora-serve")
 
@@ -25,7 +26,7 @@ def options(checkpoints: Path, loras: Path, out: Path) -> list[object]:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_golden_cases(model: str, checkpoints: Path, tmp_path: Path) -> None:
-    cases = [case for case in load_cases() if case.model == model]
+    cases = [case for case in load_cases() + load_previews() if case.model == model]
     files = []
     for case in cases:
         file = tmp_path / f"{case.name}.json"
@@ -38,7 +39,8 @@ def test_the_golden_cases(model: str, checkpoints: Path, tmp_path: Path) -> None
         case.check(np.load(out / case.name / f"{index}.npy") for index in range(len(case.files)))
         manifest = json.loads((out / case.name / "manifest.json").read_text())
         assert [output["parameters"]["seed"] for output in manifest["outputs"]] == list(case.seeds)
-        assert (manifest["model"], "error" in manifest) == (model, False)
+        assert manifest["model"] == CATALOG[model].sampled(case.request.get("sampling", "reference")).id
+        assert "error" not in manifest
 
 
 def test_a_failed_request_is_told_and_the_others_are_rendered(checkpoints: Path, tmp_path: Path) -> None:

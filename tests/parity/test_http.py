@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.parity.cases import MODELS, Case, load_cases
+from tests.parity.cases import MODELS, Case, load_cases, load_previews
 from tests.service import finished, free_port, serve_run, submit
 
 pytestmark = pytest.mark.slow
@@ -63,8 +63,9 @@ def check(client: httpx.Client, case: Case, job_id: str) -> None:
 def test_every_case_through_the_committed_config(tmp_path: Path, checkpoints: Path) -> None:
     """All models share two cores: replicas come from zero, and idle ones make room for those that wait."""
     port = free_port()
+    previews = [case for case in load_previews() if case.model in ("sd15", "flux2_diffusers")]
     with serve_run(committed_config(port), port, tmp_path, environment(tmp_path, checkpoints)) as client:
-        jobs = [(case, post(client, case)) for case in load_cases()]
+        jobs = [(case, post(client, case)) for case in [*load_cases(), *previews]]
         for case, job_id in jobs:
             check(client, case, job_id)
 

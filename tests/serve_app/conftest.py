@@ -23,8 +23,11 @@ from safetensors.numpy import save_file
 from cluster.jobs import Claim, JobState
 from cluster.objects import DirectoryStore
 from cluster.queue import JobQueue
+from deployments.render import RenderSpec
+from serve_app.admission import admit
 from serve_app.gateway import create_app
-from serve_app.settings import GatewayArgs
+from serve_app.schemas import InferenceRequest
+from serve_app.settings import GatewayArgs, Settings
 
 
 def png(width: int = 24, height: int = 16, colour: tuple[int, int, int] = (200, 30, 90)) -> bytes:
@@ -50,6 +53,20 @@ def body(**changes: Any) -> dict[str, Any]:
 def kontext_body(**prompt: Any) -> dict[str, Any]:
     """A good request with one control image; the keywords change its prompt."""
     return body(model="flux_kontext", prompt={"ctrl_img": base64_png(), **prompt})
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for `admitted`: the LoRA root."""
+    folder = tmp_path_factory.mktemp("admission")
+    save_file({"a.lora_A.weight": np.ones((2, 4), np.float32)}, folder / "style.safetensors")
+    return folder
+
+
+def admitted(place: Path, request: dict[str, Any]) -> RenderSpec:
+    """Return what a request is resolved to, without a gateway."""
+    settings = Settings.model_validate({"loras": place})
+    return admit(InferenceRequest.model_validate(request), settings, DirectoryStore(place / "outputs"))
 
 
 @dataclass

@@ -6,14 +6,11 @@ import base64
 import io
 import random
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.numpy import save_file
 
 from cluster.objects import DirectoryStore, content_key
 from deployments.catalog import CATALOG, ModelSpec
@@ -21,19 +18,7 @@ from deployments.render import LoraSpec, PromptSpec, RenderSpec
 from serve_app.admission import admit
 from serve_app.schemas import InferenceRequest
 from serve_app.settings import Settings
-from tests.serve_app.conftest import base64_png, body, kontext_body, png
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("admission")
-    save_file({"a.lora_A.weight": np.ones((2, 4), np.float32)}, folder / "style.safetensors")
-    return folder
-
-
-def admitted(place: Path, request: dict[str, Any]) -> RenderSpec:
-    settings = Settings.model_validate({"loras": place})
-    return admit(InferenceRequest.model_validate(request), settings, DirectoryStore(place / "outputs"))
+from tests.serve_app.conftest import admitted, base64_png, body, kontext_body, png
 
 
 @pytest.mark.parametrize("row", CATALOG.values(), ids=list(CATALOG))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from deployments.pipelines.qwen_image import edit_arguments, edit_plus_arguments
+from deployments.pipelines.qwen_image import edit_arguments, edit_plus_arguments, edit_plus_preview_arguments
 from tests.studio import Studio
 
 MEAN, STD = (torch.tensor(values) for values in ((0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)))
@@ -21,12 +21,14 @@ class Recorder:
     def __init__(self, processor: Callable[..., dict[str, torch.Tensor]]) -> None:
         self._processor = processor
         self.images: list[torch.Tensor] = []
+        self.sizes: list[tuple[int, ...]] = []
         self.made: dict[str, torch.Tensor] = {}
 
     def __call__(
         self, text: list[str], images: torch.Tensor | list[torch.Tensor], **options: object
     ) -> object:
         self.images = images if isinstance(images, list) else [images]
+        self.sizes += [tuple(image.shape[2:]) for image in self.images]
         self.made = self._processor(text, images, **options)
         return self.made
 
@@ -71,3 +73,12 @@ def test_pictures_are_shown_divided_by_255_twice(studio: Callable[[str], Studio]
     pixels = recorder.made["pixel_values"].unflatten(1, (3, -1)).mean((0, 2))
     expected = (torch.tensor(color) / 255 / 255 - MEAN) / STD
     assert np.allclose(pixels, expected, atol=1e-3)
+
+
+def test_previews_show_images_in_their_own_aspect_and_smaller_to_the_negative_prompt(
+    studio: Callable[[str], Studio],
+) -> None:
+    used = studio("qwen_image_edit_plus")
+    image = Image.new("RGB", (100, 40), "white")
+    recorder = shown(used, edit_plus_preview_arguments, [image])
+    assert recorder.sizes == [(256, 608), (256, 576)]

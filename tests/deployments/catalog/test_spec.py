@@ -1,0 +1,26 @@
+"""Rows of the catalogue as previews change them."""
+
+from __future__ import annotations
+
+import pytest
+
+from deployments.catalog import CATALOG, ModelSpec
+
+READ_BY_LOADING = {"pipeline", "checkpoint", "parts", "load_options", "adjust", "memory_gib"}
+
+
+@pytest.mark.parametrize("row", CATALOG.values(), ids=list(CATALOG))
+def test_a_preview_changes_what_is_read_for_each_prompt(row: ModelSpec) -> None:
+    assert row.sampled("reference") is row
+    preview = row.sampled("preview")
+    assert (preview is row) is (row.preview is None)
+    if row.preview:
+        assert row.preview.differs.endswith(".")
+        assert preview.id in CATALOG
+        if preview.id == row.id:
+            assert not READ_BY_LOADING & row.preview.fields.keys()
+            assert any(getattr(row, name) != value for name, value in row.preview.fields.items())
+
+
+def test_a_preview_of_flux2_diffusers_is_that_of_flux2() -> None:
+    assert CATALOG["flux2_diffusers"].sampled("preview") == CATALOG["flux2"].sampled("preview")
