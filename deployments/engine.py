@@ -223,6 +223,7 @@ class Engine:
     def _sampled(self, pipeline: Any, sampling: Sampling, arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
         """Change the pipeline for the time of a call, whose `arguments` may change as well."""
         row, own = self.spec.sampled(sampling), pipeline.scheduler
+        self._loaded_adapters.form_products(in_file_dtype=row.products_in_file_dtype)
         if row.scheduler and row.scheduler is not self.spec.scheduler:
             pipeline.scheduler = _make_scheduler(*row.scheduler)
         try:

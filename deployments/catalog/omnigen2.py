@@ -13,6 +13,8 @@ ROWS = (
         pipeline="deployments.pipelines.omnigen2.OmniGen2Pipeline",
         checkpoint=Checkpoint(repo="OmniGen2/OmniGen2"),
         arguments="reference_arguments",
+        # The reference server merges LoRAs by hand.
+        products_in_file_dtype=True,
         # Of longer ones nothing would be left: their long side becomes 1024, their short one less than 16.
         control_images=ControlImages(most=3, least_side=16, most_aspect=63),
         steps=25,
@@ -22,10 +24,12 @@ ROWS = (
         licence="Apache-2.0",
         preview=Preview(
             differs="The empty negative prompt is put in the template twice, as all texts are; of the control"
-            " images `ctrl_img` alone is seen, stretched to the output; sizes are multiples of 8.",
+            " images `ctrl_img` alone is seen, stretched to the output; sizes are multiples of 8; LoRAs are"
+            " not rounded to the dtype of their file.",
             fields={
                 "divisor": 8,
                 "arguments": "reference_preview_arguments",
+                "products_in_file_dtype": False,
                 "control_images": ControlImages(most=1, choose=main_only),
             },
         ),

@@ -98,6 +98,7 @@ class ModelSpec:
     of the family's module in `pipelines`, or of another one there by its dotted name: the first changes the
     loaded pipeline, the second adds arguments to its call, the third is a context manager around the call.
     `options` are the switches of requests that the model has, by the names of their fields, with defaults.
+    With `products_in_file_dtype` the product of a LoRA's matrices is rounded to the dtype of its file.
     `memory_gib` is the size of each part in bfloat16, `activations_gib` about what a prompt of the
     default size needs beside them. `licence` is the SPDX name or the licence's own.
     `preview` is there unless the trainer's previews differ by nothing but the rules for its prompts.
@@ -126,6 +127,7 @@ class ModelSpec:
     options: Mapping[str, bool] = field(default_factory=lambda: MappingProxyType({}))
     adjust: str | None = None
     arguments: str | None = None
+    products_in_file_dtype: bool = False
     during: str | None = None
     memory_gib: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     activations_gib: float = 4.0

@@ -103,6 +103,11 @@ class Adapters:
         self._make_room(0, in_use)
         return [warning for key in in_use if (warning := self._resident[key].warning)]
 
+    def form_products(self, *, in_file_dtype: bool) -> None:
+        """Let the active LoRAs round their products to their file's dtype, or not."""
+        for slot in self._slots.values():
+            slot.parts = [(delta.formed(in_file_dtype=in_file_dtype), factor) for delta, factor in slot.parts]
+
     def drop(self) -> None:
         """Deactivate and forget every adapter."""
         self._resident.clear()

@@ -44,6 +44,10 @@ class Delta(Protocol):
         """Exchange the two halves of the output."""
         ...
 
+    def formed(self, *, in_file_dtype: bool) -> Delta:
+        """Return it as a merge by hand forms it, in the dtype of the file, or exact."""
+        ...
+
     def __call__(self, layer: Layer, x: Tensor) -> Tensor:
         """Return the unscaled addition for the layer's input `x`, in the dtype of the weights."""
         ...
@@ -51,11 +55,16 @@ class Delta(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """`up @ down`: down [rank, in], up [out, rank]; for convolutions [rank, in, h, w], [out, rank, 1, 1]."""
+    """`up @ down`: down [rank, in], up [out, rank]; for convolutions [rank, in, h, w], [out, rank, 1, 1].
+
+    Formed in the file's dtype, the product for a linear layer is rounded to that, as a merge would do it.
+    """
 
     down: Tensor
     up: Tensor
     scale: float
+    file_dtype: torch.dtype
+    in_file_dtype: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -74,12 +83,19 @@ class LowRank:
         """Exchange the two halves of the output."""
         return replace(self, up=self.up.roll(self.up.shape[0] // 2, 0))
 
+    def formed(self, *, in_file_dtype: bool) -> LowRank:
+        """Return it as a merge by hand forms it, in the dtype of the file, or exact."""
+        return replace(self, in_file_dtype=in_file_dtype)
+
     def __call__(self, layer: Layer, x: Tensor) -> Tensor:
         """Return the unscaled addition for the layer's input `x`, in the dtype of the weights."""
         x = x.to(self.down.dtype)
         if isinstance(layer, torch.nn.Conv2d):
             inner = functional.conv2d(x, self.down, None, layer.stride, layer.padding, layer.dilation)
             return functional.conv2d(inner, self.up)
+        if self.in_file_dtype:
+            product = self.up.to(self.file_dtype) @ self.down.to(self.file_dtype)
+            return functional.linear(x, product.to(x.dtype))
         return functional.linear(functional.linear(x, self.down), self.up)
 
 
@@ -121,6 +137,10 @@ class Kronecker:
             raise unsupported("has LoKr factors that cannot be divided between shift and scale")
         return replace(self, w1=self.w1.roll(self.w1.shape[0] // 2, 0))
 
+    def formed(self, *, in_file_dtype: bool) -> Kronecker:
+        """Return it as it is: nobody merges these by hand."""
+        return self
+
     def __call__(self, layer: Layer, x: Tensor) -> Tensor:
         """Return the unscaled addition for the layer's input `x`, in the dtype of the weights.
 
@@ -136,7 +156,8 @@ def build(module: Module, tensors: Mapping[Role, Tensor]) -> Delta:
     Raises `JobFailure` (LORA_FORMAT_NOT_SUPPORTED) for an alpha that is no number.
     """
     if Role.DOWN in tensors:
-        return LowRank(tensors[Role.DOWN], tensors[Role.UP], _scale(module, tensors))
+        down, up = tensors[Role.DOWN], tensors[Role.UP]
+        return LowRank(down, up, _scale(module, tensors), file_dtype=up.dtype)
     w1 = _factor(tensors, Role.W1, Role.W1_A, Role.W1_B)
     w2 = _factor(tensors, Role.W2, Role.W2_A, Role.W2_B)
     return Kronecker(w1, w2, _scale(module, tensors))
