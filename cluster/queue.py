@@ -113,14 +113,14 @@ class JobQueue:
 
     def list(
         self,
-        tenant: str,
+        tenant: str | None,
         *,
         state: JobState | None = None,
         model: str | None = None,
         limit: int = 50,
         before: int | None = None,
     ) -> Sequence[Job]:
-        """Return at most `limit` jobs of the tenant, newest first, with a `seq` below `before`."""
+        """Return at most `limit` jobs of the tenant (None: of all), newest first, `seq` below `before`."""
         with self._database.read() as connection:
             return reports.page(connection, tenant, state=state, model=model, limit=limit, before=before)
 
