@@ -21,11 +21,11 @@ YIELD_AFTER_S = 10.0
 """Queue age at which another model's job without any replica takes idle replicas' place. A replica that only
 has to start announces itself sooner."""
 
-YIELD_BUSY_AFTER_S = 30.0
-"""Queue age at which it also takes the place of one replica that has work: steady traffic of one model must
-not keep another waiting for ever. Models that share too few GPUs take turns of about this length."""
+YIELD_BUSY_AFTER_S = 60.0
+"""Queue age at which it also takes the place of one replica that has work, and how long that model has served
+by then at least: steady traffic of one must not keep another waiting for ever, and each gets a turn."""
 
-START_AGAIN_S = 60.0
+START_AGAIN_S = 120.0
 """How long a model waits for the first sign of a replica, which comes within seconds of its start, before it
 asks anew. Serve gives up a version whose first three replicas die while they start, until it was at zero."""
 
@@ -47,26 +47,37 @@ class QueuePolicy:
         if depths is None or ctx.config is None:
             return ctx.target_num_replicas, ctx.policy_state
         mine = depths.get(self._model)
-        desired, state = mine.queued + mine.running if mine else 0, {}
+        desired = mine.queued + mine.running if mine else 0
+        phase = _phase(ctx.current_num_replicas, mine)
+        since = ctx.policy_state["since"] if ctx.policy_state.get("phase") == phase else time.time()
+        state, lasted_s = {"phase": phase, "since": since}, time.time() - since
+        if phase == "absent" and lasted_s > START_AGAIN_S:
+            _scale_down_at_once(ctx)
+            return 0, {}
         others = [depth for model, depth in depths.items() if model != self._model]
         starved_s = max(
             (depth.oldest_s for depth in others if depth.queued and not depth.workers), default=0.0
         )
-        if starved_s > YIELD_AFTER_S:
-            _scale_down_at_once(ctx)
-            most = ctx.policy_state.get("most")
-            if most is None and starved_s > YIELD_BUSY_AFTER_S and self._model == _best_served(depths):
-                # One is enough until the other model has started: a replica drains before it goes.
-                most = ctx.current_num_replicas - 1
-            state = {} if most is None else {"most": most}
-            desired = min(desired, max(ctx.current_num_replicas, 1) if most is None else most)
-        if desired and not ctx.current_num_replicas and not (mine and mine.workers):
-            now = time.time()
-            state["asked_at"] = ctx.policy_state.get("asked_at", now)
-            if now - state["asked_at"] > START_AGAIN_S:
-                _scale_down_at_once(ctx)
-                return 0, {}
-        return desired, state
+        if starved_s <= YIELD_AFTER_S:
+            return desired, state
+        _scale_down_at_once(ctx)
+        most = ctx.policy_state.get("most")
+        had_its_turn = phase == "serving" and min(lasted_s, starved_s) > YIELD_BUSY_AFTER_S
+        if most is None and had_its_turn and self._model == _best_served(depths):
+            # One is enough until the other model has started: a replica drains before it goes.
+            most = ctx.current_num_replicas - 1
+        if most is None:
+            return min(desired, max(ctx.current_num_replicas, 1)), state
+        return min(desired, most), state | {"most": most}
+
+
+def _phase(replicas: int, mine: Depth | None) -> str:
+    """Return what a model's replicas do: serve, start, or show no sign though there are jobs for them."""
+    if replicas:
+        return "serving"
+    if mine is not None and mine.workers:
+        return "starting"
+    return "absent" if mine is not None else "idle"
 
 
 def _scale_down_at_once(ctx: AutoscalingContext) -> None:

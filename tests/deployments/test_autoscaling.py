@@ -154,15 +154,22 @@ def test_a_busy_model_yields_one_replica_to_a_job_that_waited_long(queue: JobQue
         assert queue.claim(model, f"{model}-{uuid.uuid4()}", patience_s=0) is not None
     grow_old(url, 2 * YIELD_BUSY_AFTER_S)
     submit(queue, "flux")
-    wait_until(lambda: flux(context(3, 3))[0] == 2, 5, "yielding")
-    _, state = flux(context(3, 3))
+    wait_until(lambda: flux(context(3, 3))[0] == 3, 5, "a reading")
+    served = {"phase": "serving", "since": time.time() - 2 * YIELD_BUSY_AFTER_S}
+    first = context(3, 3)
+    assert flux(first)[0] == 3, "its turn has just begun"
+    first.policy_state = served
+    desired, state = flux(first)
+    assert (desired, state["most"]) == (2, 2)
     # The replica drains, the other model's starts: one is enough until then.
     serve = context(2, 2)
     serve.policy_state = state
-    assert flux(serve) == (2, {"most": 2})
-    assert sdxl(context(1, 1)) == (1, {}), "the other has fewer replicas to give"
+    assert flux(serve) == (2, state)
+    fewer = context(1, 1)
+    fewer.policy_state = served
+    assert sdxl(fewer)[0] == 1, "the other has fewer replicas to give"
     queue.announce("sd15@host:1:a", "sd15", ())
-    wait_until(lambda: flux(serve) == (4, {}), 5, "no more need")
+    wait_until(lambda: flux(serve) == (4, served), 5, "no more need")
 
 
 def test_who_waits_in_vain_for_a_first_replica_asks_anew(

@@ -72,6 +72,8 @@ def test_a_killed_worker_loses_no_job(service: Service) -> None:
 
 def test_ten_workers_killed_at_random_moments(service: Service) -> None:
     dice, began = random.Random(6), time.time()
+    for job_id in [service.submit(long_body(model)) for model in MODELS]:
+        service.running(job_id)
     for _ in range(KILLS):
         model = dice.choice(MODELS)
         for wanted in MODELS:
@@ -270,6 +272,7 @@ def test_a_locked_table_is_told_and_loses_nothing(service: Service) -> None:
     assert ended[job_id].state is ended[repeated].state is JobState.SUCCEEDED
 
 
+@pytest.mark.soak
 def test_a_model_whose_first_replicas_die_starts_again(service: Service) -> None:
     before = set(replica_pids("sd15"))
     service.redeploy(adapter_bytes=1 << 26)
