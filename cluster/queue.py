@@ -13,6 +13,7 @@ from cluster.database import Watch, open_database
 from cluster.group_commit import GroupCommit
 from cluster.jobs import Claim, Depth, Job, JobEvent, JobState, Lease, LeaseLost, NewJob, Progress
 from cluster.migrations import upgrade
+from cluster.outbox import Outbox
 from cluster.schema import job_events, job_outputs, jobs, now, workers
 from cluster.telemetry import redact
 from cluster.transitions import again_or_failed, cancel, end_run, held_by, job_of, literal_state, move
@@ -49,6 +50,7 @@ class JobQueue:
         self._age_bound_s = age_bound_s
         self._database = open_database(url)
         self._submissions = GroupCommit(self._database)
+        self.outbox = Outbox(self._database)
         with self._database.alone() as connection:
             upgrade(connection)
 

@@ -9,8 +9,8 @@ from typing import Any
 from sqlalchemy import Connection, RowMapping, and_, select
 
 from cluster.database import Insert
-from cluster.jobs import IdempotencyConflict, Job, JobState, NewJob
-from cluster.schema import jobs, now
+from cluster.jobs import IdempotencyConflict, Job, JobState, NewJob, NewWebhook
+from cluster.schema import jobs, now, webhooks
 from cluster.transitions import job_of, record
 
 _KEY = (jobs.c.tenant, jobs.c.idempotency_key)
@@ -25,13 +25,23 @@ def store(connection: Connection, insert: Insert, new: Sequence[NewJob]) -> list
     statement = insert(jobs).values(created_at=now()).on_conflict_do_nothing(index_elements=_KEY)
     connection.execute(statement, [_row(job) for job in new])
     stored = _match(_rows(connection, new), new)
-    record(connection, [job for job, asked in zip(stored, new, strict=True) if job.id == asked.id])
+    fresh = [(job, asked) for job, asked in zip(stored, new, strict=True) if job.id == asked.id]
+    hooks = [_hook(job.id, asked.webhook) for job, asked in fresh if asked.webhook is not None]
+    if hooks:
+        connection.execute(insert(webhooks), hooks)
+    record(connection, [job for job, _ in fresh])
     return stored
+
+
+def _hook(job_id: str, hook: NewWebhook) -> dict[str, Any]:
+    told = {"url": hook.url, "secret": hook.secret, "events": ",".join(hook.events)}
+    return {"job_id": job_id, "attempts": 0, **told}
 
 
 def _row(job: NewJob) -> dict[str, Any]:
     empty = {"epoch": 0, "attempts": 0, "not_before": 0.0, "cancel_requested": False}
-    return asdict(job) | {"state": JobState.IN_QUEUE} | empty
+    values = {name: value for name, value in asdict(job).items() if name != "webhook"}
+    return values | {"state": JobState.IN_QUEUE} | empty
 
 
 def _rows(connection: Connection, new: Sequence[NewJob]) -> list[RowMapping]:

@@ -43,6 +43,7 @@ from serve_app.schemas import InferenceRequest
 from serve_app.settings import GatewayArgs
 from serve_app.submission import check_key, submit
 from serve_app.waiting import Waiting
+from serve_app.webhooks import Sender, open_signer
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,7 @@ def create_app(settings: GatewayArgs) -> FastAPI:
     """
     keys = open_keys()
     can_seal()  # A bad SECRET_KEY is told now, not to the first client that needs it.
+    signer = open_signer()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -122,6 +124,8 @@ def create_app(settings: GatewayArgs) -> FastAPI:
             opened = partial(open_queue, jobs_url(settings.jobs), run_timeout_s=settings.inference_timeout_s)
             queue = stack.enter_context(closing(await run_sync(opened)))
             stack.enter_context(closing(Janitor(queue, store, settings.retention_days * DAY_S)))
+            if signer is not None:
+                stack.enter_context(closing(Sender(queue.outbox, signer, settings)))
             waiting = stack.enter_context(closing(Waiting(queue)))
             app.state.parts = Parts(settings, queue, store, waiting, anyio.CapacityLimiter(PICTURE_THREADS))
             yield

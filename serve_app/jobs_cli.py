@@ -86,6 +86,18 @@ def requeue(job_ids: Ids) -> None:
 
 
 @app.command()
+def redeliver(job_ids: Ids) -> None:
+    """Send the webhooks of ended jobs once more, with all attempts."""
+
+    def one(queue: JobQueue, job_id: str) -> str:
+        if not queue.outbox.redeliver(job_id):
+            raise _Refused("there is no webhook to send")
+        return "due now"
+
+    _each(job_ids, one)
+
+
+@app.command()
 def purge(
     older_than_days: Annotated[float, typer.Option(min=0, help="Jobs that ended so long ago.")],
 ) -> None:

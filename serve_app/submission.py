@@ -14,6 +14,7 @@ from serve_app.auth import OPEN_TENANT
 from serve_app.errors import Code, Refusal
 from serve_app.schemas import InferenceRequest
 from serve_app.settings import GatewayArgs
+from serve_app.webhooks import admit_webhook
 
 MAX_KEY_CHARS = 255
 
@@ -50,6 +51,7 @@ def submit(
             return earlier
     if full is not None:
         raise full
+    webhook = admit_webhook(request.webhook, settings)
     spec, queries = split_secrets(admit(request, settings, store))
     secrets = {name: value for name, value in (("hf_token", request.hf_token), ("queries", queries)) if value}
     job = NewJob(
@@ -61,6 +63,7 @@ def submit(
         idempotency_key=key,
         fingerprint=fingerprint,
         secret=seal(secrets) if secrets else None,
+        webhook=webhook,
     )
     try:
         return queue.submit([job])[0]
