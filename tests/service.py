@@ -93,14 +93,17 @@ def redeploy(config: str, folder: Path) -> None:
 
 @contextmanager
 def serve_run(config: str, port: int, folder: Path, environment: Mapping[str, str]) -> Iterator[httpx.Client]:
-    """Run the service until the block ends; yield a client of it. Its output goes to `folder/serve.log`."""
+    """Run the service until the block ends; yield a client of it. Its output goes to `folder/serve.log`.
+
+    It has a cluster of its own, unless `environment` names one in `RAY_ADDRESS`.
+    """
     # Ray's socket paths are bounded in length: its folder must be a short one.
     ray_folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
     file = folder / "serve_config.yaml"
     file.write_text(config)
     base_url = f"http://127.0.0.1:{port}"
     env = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
         "RAY_TMPDIR": ray_folder,
         "RAY_AUTH_MODE": "disabled",
         "BASE_URL": base_url,
@@ -108,7 +111,6 @@ def serve_run(config: str, port: int, folder: Path, environment: Mapping[str, st
         "HF_HUB_OFFLINE": "1",
         **environment,
     }
-    env.pop("RAY_ADDRESS", None)
     serve = Path(sys.executable).with_name("serve")
     with (folder / "serve.log").open("wb") as log:
         process = subprocess.Popen([serve, "run", str(file)], cwd=folder, env=env, stdout=log, stderr=log)

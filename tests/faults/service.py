@@ -183,3 +183,17 @@ def kill_all(pid: int) -> None:
             os.kill(each, signal.SIGKILL)
         except ProcessLookupError:
             continue
+
+
+def kill_unless_last_attempt(service: Service, model: str) -> None:
+    """Kill a worker, whatever it does; but a third loss would rightly fail its job."""
+
+    def killed() -> bool:
+        pids = replica_pids(model)
+        running = [job for job_id in service.accepted if (job := service.job(job_id)).model == model]
+        if not pids or any(job.state is JobState.IN_PROGRESS and job.attempts == 3 for job in running):
+            return False
+        os.kill(pids[0], signal.SIGKILL)
+        return True
+
+    wait_until(killed, 120, f"a worker of {model} that may be killed")

@@ -93,8 +93,7 @@ def away(service: Service, postgres: PostgresServer, seconds: float) -> str:
 def test_a_table_that_is_away_for_less_than_a_lease_costs_nothing(
     service: Service, postgres: PostgresServer
 ) -> None:
-    job_id = service.submit(long_body(steps=150, prompts=4))
-    service.running(job_id)
+    service.running(service.submit(long_body(prompts=3)))
     away(service, postgres, 2)
     assert {job.attempts for job in service.kept().values()} == {1}
 
@@ -102,7 +101,7 @@ def test_a_table_that_is_away_for_less_than_a_lease_costs_nothing(
 def test_a_table_that_is_away_for_longer_stops_its_workers_in_time(
     service: Service, postgres: PostgresServer
 ) -> None:
-    job_id = service.submit(long_body(steps=150, prompts=8))
+    job_id = service.submit(long_body(steps=150, prompts=5))
     worker, stops = service.running(job_id), service.said("lease lost, nothing written")
     gone_at = time.time()
     stopped_after: list[float] = []
@@ -124,7 +123,7 @@ def test_a_table_that_is_away_for_longer_stops_its_workers_in_time(
 
 
 def test_a_job_that_kills_its_workers_fails_and_harms_no_neighbour(service: Service) -> None:
-    poison = service.submit(long_body(steps=150, prompts=3))
+    poison = service.submit(long_body())
     neighbours = [service.submit(body(model, seeds=(seed,))) for model in MODELS for seed in (1, 2)]
     for attempt in (1, 2, 3):
         wait_until(lambda n=attempt: service.job(poison).attempts == n, 120, f"attempt {attempt}")
@@ -164,7 +163,7 @@ def test_a_worker_s_clock_may_jump(service: Service) -> None:
     before = set(replica_pids("flux"))
     service.redeploy(ray_actor_options={"num_cpus": 0.5, "runtime_env": environment})
     wait_until(lambda: not before & set(replica_pids("flux")), 120, "workers with other clocks")
-    service.submit(long_body(steps=150, prompts=4))
+    service.submit(long_body())
     for job in service.kept().values():
         assert (job.state, job.attempts) == (JobState.SUCCEEDED, 1)
         assert job.started_at and job.finished_at and 0 < job.finished_at - job.created_at < 600
@@ -202,7 +201,7 @@ def test_another_cluster_goes_on_with_what_one_left(
     service: Service, checkpoints: Path, environment: dict[str, str]
 ) -> None:
     service.redeploy()
-    running, waiting = service.submit(long_body(steps=150, prompts=4)), service.submit(body("sd15"))
+    running, waiting = service.submit(long_body(prompts=3)), service.submit(body("sd15"))
     service.running(running)
     ended_at = time.time()
     (root,) = (pid for pid, title in descendants(os.getpid()).items() if "/serve run " in title)
