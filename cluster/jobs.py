@@ -86,6 +86,15 @@ class JobFailure(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NewWebhook:
+    """Where to tell that a job has ended in one of the states `events`; `secret` is the query, encrypted."""
+
+    url: str
+    events: tuple[JobState, ...]
+    secret: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NewJob:
     """What admission hands to the queue.
 
@@ -103,6 +112,7 @@ class NewJob:
     idempotency_key: str | None = None
     fingerprint: str | None = None
     secret: str | None = field(default=None, repr=False)
+    webhook: NewWebhook | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,9 @@ READ_S = 0.25
 STALE_S = 5.0
 """Age at which a reading no longer counts: the table is away."""
 
+DEPLOYED_S = 10.0
+"""How long a model counts as deployed here after its policy has asked; Serve asks several times a second."""
+
 
 class LoadReader:
     """The latest depths of all models, never waited for."""
@@ -27,11 +30,21 @@ class LoadReader:
         self._url = url
         self._depths: Mapping[str, Depth] = {}
         self._read_at = float("-inf")
+        self._asked: dict[str, float] = {}
         threading.Thread(target=self._loop, name="load-reader", daemon=True).start()
 
-    def latest(self) -> Mapping[str, Depth] | None:
-        """Depth by model id (idle models are absent); None while the table cannot be read."""
-        return self._depths if time.monotonic() - self._read_at < STALE_S else None
+    def latest(self, model: str) -> Mapping[str, Depth] | None:
+        """Depth by id of the models that are deployed, idle ones absent; None while the table cannot be read.
+
+        Asked for by the policy of `model`, which is deployed therefore. Jobs of a model that is not wait for
+        nobody: they must not make others yield.
+        """
+        now = time.monotonic()
+        self._asked[model] = now
+        if now - self._read_at >= STALE_S:
+            return None
+        deployed = {name for name, asked in self._asked.copy().items() if now - asked < DEPLOYED_S}
+        return {name: depth for name, depth in self._depths.items() if name in deployed}
 
     def _loop(self) -> None:
         queue: JobQueue | None = None

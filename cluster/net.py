@@ -118,6 +118,15 @@ class Fetcher:
                     break
             return bytes(data[start - first : stop - first]), size
 
+    def post(self, url: Url, body: bytes, headers: Mapping[str, str]) -> int:
+        """Send `body`, JSON, to `url` and return the status of the answer; redirects are not followed.
+
+        Raises as `fetch`.
+        """
+        sent = {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}
+        with self._request("POST", url, sent, self.pace(lambda: None), body) as answer:
+            return answer.status
+
     @contextmanager
     def _answer(
         self, method: str, url: Url, headers: Mapping[str, str], token: str | None, pace: Pace, across: bool
@@ -136,14 +145,16 @@ class Fetcher:
         raise FetchError(FetchFault.UNUSABLE, f"{origin.host} redirects too often.")
 
     @contextmanager
-    def _request(self, method: str, url: Url, headers: Mapping[str, str], pace: Pace) -> Iterator[_Answer]:
+    def _request(
+        self, method: str, url: Url, headers: Mapping[str, str], pace: Pace, body: bytes | None = None
+    ) -> Iterator[_Answer]:
         backend = _Pinned(self._addresses(url), pace)
         target = httpcore.URL(scheme=url.scheme, host=url.host.strip("[]"), port=url.port, target=url.target)
         sent = {"Host": url.netloc, "Accept-Encoding": "identity", "User-Agent": "lora-serve", **headers}
         try:
             with (
                 httpcore.ConnectionPool(self._tls, network_backend=backend) as pool,
-                pool.stream(method, target, headers=list(sent.items())) as response,
+                pool.stream(method, target, headers=list(sent.items()), content=body) as response,
             ):
                 yield _Answer(url, response)
         except httpcore.TimeoutException as error:

@@ -25,6 +25,7 @@ from cluster.jobs import (
     Progress,
 )
 from cluster.migrations import upgrade
+from cluster.outbox import Outbox
 from cluster.schema import job_events, job_outputs, jobs, now, workers
 from cluster.telemetry import redact
 from cluster.transitions import again_or_failed, cancel, end_run, held_by, job_of, literal_state, move
@@ -61,6 +62,7 @@ class JobQueue:
         self._age_bound_s = age_bound_s
         self._database = open_database(url)
         self._submissions = GroupCommit(self._database)
+        self.outbox = Outbox(self._database)
         with self._database.alone() as connection:
             upgrade(connection)
 
@@ -129,14 +131,14 @@ class JobQueue:
 
     def list(
         self,
-        tenant: str,
+        tenant: str | None,
         *,
         state: JobState | None = None,
         model: str | None = None,
         limit: int = 50,
         before: int | None = None,
     ) -> Sequence[JobSummary]:
-        """Return at most `limit` jobs of the tenant, newest first, with a `seq` below `before`."""
+        """Return at most `limit` jobs of the tenant (None: of all), newest first, `seq` below `before`."""
         with self._database.read() as connection:
             return reports.page(connection, tenant, state=state, model=model, limit=limit, before=before)
 

@@ -49,18 +49,20 @@ def waiting(connection: Connection, tenant: str) -> tuple[int, int]:
 
 def page(
     connection: Connection,
-    tenant: str,
+    tenant: str | None,
     *,
     state: JobState | None,
     model: str | None,
     limit: int,
     before: int | None,
 ) -> Sequence[JobSummary]:
-    """Return at most `limit` jobs of the tenant, newest first, all with a `seq` below `before`.
+    """Return at most `limit` jobs of the tenant (None: of all), newest first, with a `seq` below `before`.
 
     Each state is a walk of its own along the index, which has the state before the order.
     """
-    wanted = select(*SUMMARY).where(jobs.c.tenant == tenant)
+    wanted = select(*SUMMARY)
+    if tenant is not None:
+        wanted = wanted.where(jobs.c.tenant == tenant)
     if model is not None:
         wanted = wanted.where(jobs.c.model == model)
     if before is not None:

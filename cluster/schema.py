@@ -114,6 +114,23 @@ job_events = Table(
     Index("job_events_by_job", "job_id", "id"),
 )
 
+# One row for each job whose end somebody wants to be told of; due from that end on, until it is delivered.
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("job_id", Text, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("url", Text, nullable=False),
+    # The URL's query, as ciphertext.
+    Column("secret", Text),
+    # Terminal states, separated by commas.
+    Column("events", Text, nullable=False),
+    Column("due_at", Double),
+    Column("attempts", Integer, nullable=False),
+    Column("delivered_at", Double),
+    Column("error", Text),
+    Index("webhooks_by_due", "due_at"),
+)
+
 workers = Table(
     "workers",
     metadata,

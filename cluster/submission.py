@@ -9,13 +9,13 @@ from typing import Any
 from sqlalchemy import Connection, RowMapping, and_, select
 
 from cluster.database import Insert
-from cluster.jobs import IdempotencyConflict, Job, JobState, NewJob
-from cluster.schema import jobs, now
+from cluster.jobs import IdempotencyConflict, Job, JobState, NewJob, NewWebhook
+from cluster.schema import jobs, now, webhooks
 from cluster.transitions import job_of, record
 
 _KEY = (jobs.c.tenant, jobs.c.idempotency_key)
 
-_FIELDS = [field.name for field in fields(NewJob)]
+_FIELDS = [field.name for field in fields(NewJob) if field.name != "webhook"]
 
 
 def store(connection: Connection, insert: Insert, new: Sequence[NewJob]) -> list[Job]:
@@ -27,8 +27,17 @@ def store(connection: Connection, insert: Insert, new: Sequence[NewJob]) -> list
     statement = insert(jobs).values(created_at=now()).on_conflict_do_nothing(index_elements=_KEY)
     connection.execute(statement, [_row(job) for job in new])
     stored = _match(_rows(connection, new), new)
-    record(connection, [job for job, asked in zip(stored, new, strict=True) if job.id == asked.id])
+    fresh = [(job, asked) for job, asked in zip(stored, new, strict=True) if job.id == asked.id]
+    hooks = [_hook(job.id, asked.webhook) for job, asked in fresh if asked.webhook is not None]
+    if hooks:
+        connection.execute(insert(webhooks), hooks)
+    record(connection, [job for job, _ in fresh])
     return stored
+
+
+def _hook(job_id: str, hook: NewWebhook) -> dict[str, Any]:
+    told = {"url": hook.url, "secret": hook.secret, "events": ",".join(hook.events)}
+    return {"job_id": job_id, "attempts": 0, **told}
 
 
 def _row(job: NewJob) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from sqlalchemy import (
 
 from cluster.jobs import Claim, Job, JobState, JobSummary, Phase, Progress
 from cluster.postgres import CHANNEL
-from cluster.schema import job_events, jobs, now
+from cluster.schema import job_events, jobs, now, webhooks
 
 _TERMINAL = [state for state in JobState if state.terminal]
 
@@ -86,7 +86,7 @@ def move(
 
 
 def record(connection: Connection, changed: Sequence[Job]) -> None:
-    """Append one event for each job that has just come into its state.
+    """Append one event for each job that has just come into its state; its end makes its webhook due.
 
     The commit wakes every watch if a job was queued or came to its end. Nobody waits for a claim, and on
     PostgreSQL commits that notify wait for one another.
@@ -96,6 +96,10 @@ def record(connection: Connection, changed: Sequence[Job]) -> None:
     ]
     if events:
         connection.execute(insert(job_events).values(at=now()), events)
+        for state in _TERMINAL:
+            if ended := [job.id for job in changed if job.state is state]:
+                wanted = and_(webhooks.c.job_id.in_(ended), webhooks.c.events.contains(state))
+                connection.execute(update(webhooks).where(wanted).values(due_at=now()))
         heard = any(job.state is not JobState.IN_PROGRESS for job in changed)
         if heard and connection.dialect.name == "postgresql":
             connection.exec_driver_sql(f"NOTIFY {CHANNEL}")

@@ -103,10 +103,12 @@ class Heartbeat:
         except LeaseLost:
             run.stop(Stop.LEASE_LOST)
         except StoreUnavailable:
-            # Another worker may take the job when the lease ends: be out of the pipeline before that.
-            if now - run.renewed > self._lease_s * 2 / 3:
+            # Another worker may take the job when the lease ends: be out of the pipeline before that. The try
+            # itself took its time.
+            unrenewed = time.monotonic() - run.renewed
+            if unrenewed > self._lease_s * 2 / 3:
                 run.stop(Stop.LEASE_LOST)
-            if now - run.renewed > self._lease_s:
+            if unrenewed > self._lease_s:
                 logger.error("job %s did not stop before its lease ended; ending", run.claim.job.id)
                 end_process(EXIT_STALLED)
         else:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from deployments.catalog import CATALOG
+from serve_app import jobs_cli
 from serve_app.settings import Settings
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(jobs_cli.app, name="jobs")
 
 
 class FileFormat(StrEnum):

@@ -25,6 +25,10 @@ class Code(Enum):
     IDEMPOTENCY_KEY_INVALID = 400, "Idempotency-Key must be 1 to 255 printable ASCII characters."
     IDEMPOTENCY_KEY_REUSED = 409, "This Idempotency-Key was used with another body."
     TOO_MANY_QUEUED = 429, "Too many requests are waiting; try again when some of them have run."
+    WEBHOOK_SECRET_REQUIRED = (
+        400,
+        "This service sends no webhooks: it has no WEBHOOK_SECRET to sign them with.",
+    )
     MODEL_NOT_FOUND = 400, "There is no such model; details.supported_models lists the ids."
     LORA_FILE_REQUIRED = 400, "A request needs a LoRA: `loras` must not be empty."
     MOE_FORMAT_REQUIRED = (

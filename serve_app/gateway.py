@@ -36,6 +36,7 @@ from serve_app.parts import Parts, open_parts
 from serve_app.schemas import InferenceRequest, InspectRequest
 from serve_app.settings import GatewayArgs
 from serve_app.submission import check_key, submit
+from serve_app.webhooks import open_signer
 
 logger = logging.getLogger(__name__)
 
@@ -89,12 +90,13 @@ def create_app(settings: GatewayArgs) -> FastAPI:
     """
     keys = open_keys()
     can_seal()  # A bad SECRET_KEY is told now, not to the first client that needs it.
+    signer = open_signer()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if keys is None:
             logger.warning("the service is open: without API_KEYS it is for everybody who reaches its port")
-        async with open_parts(settings) as app.state.parts:
+        async with open_parts(settings, signer) as app.state.parts:
             yield
 
     app = FastAPI(

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from standardwebhooks import Webhook
+
 from cluster.connect import open_queue
 from cluster.database import jobs_url
 from cluster.objects import ObjectStore, open_store
@@ -19,6 +21,7 @@ from serve_app.inspection import Inspector
 from serve_app.janitor import Janitor
 from serve_app.settings import GatewayArgs
 from serve_app.waiting import Waiting
+from serve_app.webhooks import Sender
 
 THREADS = 8
 """Requests that are admitted, or read the job table, at a time; those that wait for a commit or for a job's
@@ -59,13 +62,15 @@ class Parts:
 
 
 @asynccontextmanager
-async def open_parts(settings: GatewayArgs) -> AsyncIterator[Parts]:
-    """Open the stores, waiting for the job table if need be, and run janitor and long polls."""
+async def open_parts(settings: GatewayArgs, signer: Webhook | None) -> AsyncIterator[Parts]:
+    """Open the stores, waiting for the job table if need be, and run janitor, long polls and webhooks."""
     with ExitStack() as stack:
         store = await asyncio.to_thread(open_store, settings.outputs)
         opened = partial(open_queue, jobs_url(settings.jobs), run_timeout_s=settings.inference_timeout_s)
         queue = stack.enter_context(closing(await asyncio.to_thread(opened)))
         stack.enter_context(closing(Janitor(queue, store, settings.retention_days * _DAY_S)))
+        if signer is not None:
+            stack.enter_context(closing(Sender(queue.outbox, signer, settings)))
         yield Parts(
             settings=settings,
             queue=queue,

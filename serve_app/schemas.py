@@ -92,6 +92,13 @@ class PromptItem(_Part):
         return self.ctrl_img, self.ctrl_img_1, self.ctrl_img_2, self.ctrl_img_3
 
 
+class WebhookItem(_Part):
+    """Where to tell that the request has ended; `events` are the states to tell of, all by default."""
+
+    url: Annotated[str, Field(max_length=MAX_PATH_CHARS, repr=False), AfterValidator(_plain)]
+    events: Annotated[list[Literal["succeeded", "failed", "canceled"]], Field(min_length=1)] | None = None
+
+
 class InferenceRequest(_Part):
     """Body of `POST /v1/inference`."""
 
@@ -104,11 +111,13 @@ class InferenceRequest(_Part):
     match_target_res: bool | None = None
     output_format: OutputFormat | None = None
     sampling: Sampling | None = None
+    webhook: WebhookItem | None = None
 
     @property
     def unknown_fields(self) -> list[str]:
         """Names of the ignored fields, as `top`, `loras[0].item` and `prompts[0].item`."""
         parts = [("", self), *_named("loras", self.loras), *_named("prompts", self.prompts)]
+        parts += [("webhook.", self.webhook)] if self.webhook else []
         return [f"{prefix}{name}" for prefix, part in parts for name in part.model_extra or {}]
 
     @property

@@ -13,6 +13,7 @@ from serve_app.admission import admit
 from serve_app.errors import Code, Refusal
 from serve_app.parts import Parts
 from serve_app.schemas import InferenceRequest
+from serve_app.webhooks import admit_webhook
 
 MAX_KEY_CHARS = 255
 
@@ -56,6 +57,7 @@ def _admit(request: InferenceRequest, key: str | None, tenant: str, parts: Parts
             return earlier
     if full is not None:
         raise full
+    webhook = admit_webhook(request.webhook, parts.settings)
     spec, queries = split_secrets(admit(request, parts.settings, parts.store))
     secrets = {name: value for name, value in (("hf_token", request.hf_token), ("queries", queries)) if value}
     return NewJob(
@@ -67,4 +69,5 @@ def _admit(request: InferenceRequest, key: str | None, tenant: str, parts: Parts
         idempotency_key=key,
         fingerprint=fingerprint,
         secret=seal(secrets) if secrets else None,
+        webhook=webhook,
     )

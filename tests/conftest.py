@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tests.studio import Studio
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-for secret in ("API_KEYS", "API_KEYS_FILE", "SECRET_KEY"):
+for secret in ("API_KEYS", "API_KEYS_FILE", "SECRET_KEY", "WEBHOOK_SECRET"):
     os.environ.pop(secret, None)
 
 

@@ -84,7 +84,7 @@ Fault: TypeAlias = Callable[[socket.socket, socket.socket], None]
 
 
 class Proxy:
-    """TCP in front of a server: each new connection meets the next of `faults`, all others go through."""
+    """TCP in front of a server: each new connection meets the next of `faults`, all others `otherwise`."""
 
     def __init__(self, upstream: str) -> None:
         parts = urlsplit(upstream)
@@ -92,6 +92,8 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.faults: deque[Fault] = deque()
+        self.otherwise: Fault = passed_on
+        self._clients: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
@@ -99,18 +101,26 @@ class Proxy:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
+    def cut(self) -> None:
+        """End the connections that are open, so that the next request needs a new one."""
+        for client in list(self._clients):
+            with suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+
     def _accept(self) -> None:
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                fault = self.faults.popleft() if self.faults else passed_on
+                fault = self.faults.popleft() if self.faults else self.otherwise
                 threading.Thread(target=self._serve, args=(client, fault), daemon=True).start()
 
     def _serve(self, client: socket.socket, fault: Fault) -> None:
+        self._clients.add(client)
         with client, socket.create_connection(self._upstream) as server, suppress(OSError):
             fault(client, server)
             # Closing alone would wait for the thread that still reads from it.
             server.shutdown(socket.SHUT_RDWR)
+        self._clients.discard(client)
 
 
 def passed_on(client: socket.socket, server: socket.socket) -> None:

@@ -15,11 +15,13 @@ Page = Callable[[BaseHTTPRequestHandler], object]
 
 @dataclass
 class Site:
-    """Pages by path (query left out), and the requests that came: method, path with query, headers."""
+    """Pages by path (query left out), and the requests that came: method, path with query, headers; what was
+    posted."""
 
     host: str = ""
     pages: dict[str, Page] = field(default_factory=dict)
     requests: list[tuple[str, str, Mapping[str, str]]] = field(default_factory=list)
+    posted: list[bytes] = field(default_factory=list)
 
     def url(self, path: str) -> str:
         return f"http://{self.host}{path}"
@@ -79,6 +81,10 @@ def serving_site(tls: ssl.SSLContext | None = None) -> Iterator[Site]:
                 pass  # The client has gone.
 
         do_HEAD = do_GET
+
+        def do_POST(self) -> None:
+            site.posted.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.do_GET()
 
         def log_message(self, format: str, *args: object) -> None: ...
 

@@ -44,12 +44,13 @@ ROWS = (
         steps=50,
         guidance=5.0,
         divisor=16,
+        products_in_file_dtype=True,
         memory_gib=HIDREAM_GIB,
         licence="MIT",
         preview=Preview(
             differs="Sizes are multiples of 8 before they are scaled to one megapixel; in bfloat16, Llama's"
             " rotary frequencies are rounded.",
-            fields={"divisor": 8, "during": "rounded_frequencies"},
+            fields={"divisor": 8, "during": "rounded_frequencies", "products_in_file_dtype": False},
         ),
     ),
     ModelSpec(
@@ -66,6 +67,7 @@ ROWS = (
         steps=28,
         guidance=5.0,
         divisor=16,
+        products_in_file_dtype=True,
         memory_gib=HIDREAM_GIB,
         licence="MIT",
         preview=Preview(
@@ -76,6 +78,7 @@ ROWS = (
                 "call_options": {"max_sequence_length": 128, "image_guidance_scale": 2.0},
                 "control_images": ControlImages(least=1, most=1, choose=first),
                 "during": "rounded_frequencies",
+                "products_in_file_dtype": False,
             },
         ),
     ),

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from cluster.jobs import Claim, JobState, LeaseLost
+from cluster.jobs import Claim, IdempotencyConflict, JobState, LeaseLost
 from cluster.queue import JobQueue
 from tests.cluster.tables import MODEL, STEP, check_history, empty, let_pass, new_job
 
@@ -40,6 +40,7 @@ class Expected:
     run: float = 0.0
     back_off: float = 0.0
     outputs: dict[int, str] = field(default_factory=dict)
+    forgotten: bool = False
 
     def stop(self, target: JobState) -> None:
         """End a run that brought no result."""
@@ -60,10 +61,17 @@ class QueueMachine(RuleBasedStateMachine):
         self.url = url
         self.queue = JobQueue(self.url, lease_s=LEASE_S, run_timeout_s=RUN_S, max_attempts=ATTEMPTS)
         self.model: dict[str, Expected] = {}
+        self.keys: dict[str, tuple[str, str]] = {}
 
     def teardown(self) -> None:
-        for job_id in self.model:
-            check_history(self.queue.events(job_id))
+        for job_id, job in self.model.items():
+            events = self.queue.events(job_id)
+            if job.forgotten:
+                assert not events
+                continue
+            check_history(events)
+            assert [event.state.terminal for event in events[:-1]] == [False] * (len(events) - 1)
+            assert (events[-1].state, events[-1].epoch) == (job.state, job.epoch)
         self.queue.close()
         empty(self.url)
 
@@ -88,6 +96,18 @@ class QueueMachine(RuleBasedStateMachine):
         jobs = self.queue.submit([new_job(adapter) for adapter in adapters])
         self.model |= {job.id: Expected() for job in jobs}
         return multiple(*(job.id for job in jobs))
+
+    @rule(target=ids, key=st.sampled_from("kl"), fingerprint=st.sampled_from("xy"))
+    def submit_with_key(self, key: str, fingerprint: str) -> object:
+        new = new_job("a", idempotency_key=key, fingerprint=fingerprint)
+        known = self.keys.setdefault(key, (new.id, fingerprint))
+        if known[1] != fingerprint:
+            with pytest.raises(IdempotencyConflict):
+                self.queue.submit([new])
+            return multiple()
+        assert self.queue.submit([new])[0].id == known[0]
+        self.model.setdefault(known[0], Expected())
+        return known[0]
 
     @rule(target=claims, owner=st.sampled_from(OWNERS), warm=st.sets(st.sampled_from("abc")))
     def claim(self, owner: str, warm: set[str]) -> object:
@@ -124,8 +144,9 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(claim=claims, state=st.sampled_from([state for state in JobState if state.terminal]))
     def finish(self, claim: Claim, state: JobState) -> None:
         job = self.model[claim.job.id]
-        if (job.state, job.epoch, job.owner) == (state, claim.epoch, claim.owner):
-            self.queue.finish(claim, state)  # A repeated write.
+        repeated = (job.state, job.epoch, job.owner) == (state, claim.epoch, claim.owner)
+        if repeated and not job.forgotten:
+            self.queue.finish(claim, state)
         elif self.write(claim, lambda: self.queue.finish(claim, state)):
             job.state = state
 
@@ -147,12 +168,24 @@ class QueueMachine(RuleBasedStateMachine):
     def cancel(self, job_id: str) -> None:
         job = self.model[job_id]
         answer = self.queue.cancel(job_id)
-        assert answer is not None
+        assert (answer is None) is job.forgotten
+        if answer is None:
+            return
         assert answer[1] is not job.state.terminal
         if not job.state.terminal:
             job.cancel = True
         if job.state is JobState.IN_QUEUE:
             job.state = JobState.CANCELED
+
+    @rule(job_id=ids)
+    def forget(self, job_id: str) -> None:
+        job = self.model[job_id]
+        going = job.state.terminal and not job.forgotten
+        assert self.queue.forget([job_id]) == going
+        if going:
+            job.forgotten = True
+            job.outputs.clear()
+            self.keys = {key: held for key, held in self.keys.items() if held[0] != job_id}
 
     @rule(seconds=st.sampled_from([20, 60]))
     def let_pass(self, seconds: float) -> None:
@@ -173,7 +206,9 @@ class QueueMachine(RuleBasedStateMachine):
     def the_table_is_as_the_model(self) -> None:
         for job_id, job in self.model.items():
             row = self.queue.get(job_id)
-            assert row is not None
+            assert (row is None) is job.forgotten
+            if row is None:
+                continue
             assert (row.state, row.epoch, row.attempts, row.owner, row.cancel_requested) == (
                 job.state,
                 job.epoch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,8 @@ from cluster.database import open_database
 from cluster.jobs import JobState, NewJob
 from cluster.queue import JobQueue
 from cluster.schema import jobs
-from deployments.autoscaling import YIELD_AFTER_S, QueuePolicy
+from deployments import autoscaling
+from deployments.autoscaling import YIELD_AFTER_S, YIELD_BUSY_AFTER_S, QueuePolicy
 from serve_app.numbers import worker_options
 from tests.service import wait_until
 
@@ -62,6 +64,11 @@ def context(current: int, target: int, **delays: float) -> AutoscalingContext:
     )
 
 
+def deploy(url: str, model: str) -> None:
+    """Ask for a model's replicas, as Serve does while it is deployed."""
+    QueuePolicy(model, url)(context(0, 0))
+
+
 def decided(policy: Callable[[AutoscalingContext], tuple[int, dict]], **fields: float) -> int:
     """What Serve would do: the policy within Serve's own wrapper of factors and delays."""
     current = int(fields.pop("current", 0))
@@ -95,12 +102,12 @@ def test_an_idle_model_keeps_its_replica_for_the_delay(queue: JobQueue, url: str
 
 def test_an_idle_model_yields_at_once_to_one_that_waits_without_replica(queue: JobQueue, url: str) -> None:
     policy = QueuePolicy("flux", url)
+    deploy(url, "sdxl")
     submit(queue, "sdxl")
     wait_until(lambda: queue.depths()["sdxl"].queued == 1, 5, "the waiting job")
     # Not yet: a replica of the other model may be starting.
     assert decided(policy, current=1, downscale_to_zero_delay_s=300.0) == 1
-    with open_database(url).write() as connection:
-        connection.execute(update(jobs).values(created_at=jobs.c.created_at - 2 * YIELD_AFTER_S))
+    grow_old(url, 2 * YIELD_AFTER_S)
     wait_until(lambda: decided(policy, current=1, downscale_to_zero_delay_s=300.0) == 0, 5, "yielding")
     queue.announce("sdxl@host:1:a", "sdxl", ())
     wait_until(lambda: decided(policy, current=1, downscale_to_zero_delay_s=300.0) == 1, 5, "no more need")
@@ -108,28 +115,90 @@ def test_an_idle_model_yields_at_once_to_one_that_waits_without_replica(queue: J
 
 def test_a_model_does_not_grow_while_another_waits_for_its_first_replica(queue: JobQueue, url: str) -> None:
     policy = QueuePolicy("flux", url)
+    deploy(url, "sdxl")
     submit(queue, "sdxl")
     for _ in range(3):
         submit(queue, "flux")
     wait_until(lambda: decided(policy, current=1) == 3, 5, "growth while nobody starves")
-    with open_database(url).write() as connection:
-        connection.execute(update(jobs).values(created_at=jobs.c.created_at - 2 * YIELD_AFTER_S))
+    grow_old(url, 2 * YIELD_AFTER_S)
     wait_until(lambda: decided(policy, current=1, target=3, downscale_delay_s=300.0) == 1, 5, "restraint")
     assert decided(policy, current=0) == 1
 
 
-def test_a_busy_model_does_not_yield(queue: JobQueue, url: str) -> None:
+def grow_old(url: str, seconds: float) -> None:
+    """Let the jobs in the table have waited that much longer."""
+    with open_database(url).write() as connection:
+        connection.execute(update(jobs).values(created_at=jobs.c.created_at - seconds))
+
+
+def test_a_busy_model_does_not_yield_at_once(queue: JobQueue, url: str) -> None:
     policy = QueuePolicy("flux", url)
+    deploy(url, "sdxl")
     submit(queue, "sdxl")
     submit(queue, "flux")
     claim = queue.claim("flux", "worker")
     assert claim is not None
-    with open_database(url).write() as connection:
-        connection.execute(update(jobs).values(created_at=jobs.c.created_at - 2 * YIELD_AFTER_S))
+    grow_old(url, 2 * YIELD_AFTER_S)
     wait_until(lambda: policy(context(1, 1))[0] == 1, 5, "a reading")
     assert decided(policy, current=1, downscale_to_zero_delay_s=300.0) == 1
     queue.finish(claim, JobState.SUCCEEDED)
     wait_until(lambda: decided(policy, current=1, downscale_to_zero_delay_s=300.0) == 0, 5, "yielding")
+
+
+def test_a_busy_model_yields_one_replica_to_a_job_that_waited_long(queue: JobQueue, url: str) -> None:
+    flux, sdxl = QueuePolicy("flux", url), QueuePolicy("sdxl", url)
+    deploy(url, "sd15")
+    submit(queue, "sd15")
+    for model in ("flux", "flux", "flux", "sdxl"):
+        submit(queue, model)
+        assert queue.claim(model, f"{model}-{uuid.uuid4()}", patience_s=0) is not None
+    grow_old(url, 2 * YIELD_BUSY_AFTER_S)
+    submit(queue, "flux")
+    wait_until(lambda: flux(context(3, 3))[0] == 3, 5, "a reading")
+    served = {"phase": "serving", "since": time.time() - 2 * YIELD_BUSY_AFTER_S}
+    first = context(3, 3)
+    assert flux(first)[0] == 3, "its turn has just begun"
+    first.policy_state = served
+    desired, state = flux(first)
+    assert (desired, state["most"]) == (2, 2)
+    # The replica drains, the other model's starts: one is enough until then.
+    serve = context(2, 2)
+    serve.policy_state = state
+    assert flux(serve) == (2, state)
+    fewer = context(1, 1)
+    fewer.policy_state = served
+    assert sdxl(fewer)[0] == 1, "the other has fewer replicas to give"
+    queue.announce("sd15@host:1:a", "sd15", ())
+    wait_until(lambda: flux(serve) == (4, served), 5, "no more need")
+
+
+def test_who_waits_in_vain_for_a_first_replica_asks_anew(
+    queue: JobQueue, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, serve = QueuePolicy("flux", url), _apply_autoscaling_config(QueuePolicy("flux", url))
+    submit(queue, "flux")
+    wait_until(lambda: decided(policy) == 1, 5, "a reading")
+    monkeypatch.setattr(autoscaling, "START_AGAIN_S", 0.5)
+    asked, waiting = [], context(0, 1, downscale_to_zero_delay_s=300.0)
+    for _ in range(20):
+        desired, waiting.policy_state = serve(waiting)
+        asked.append(desired)
+        time.sleep(0.1)
+    assert set(asked) == {0, 1}
+    assert asked.count(0) < 5
+    queue.announce("flux@host:1:a", "flux", ())
+    wait_until(lambda: queue.depths()["flux"].workers, 5, "the replica")
+    time.sleep(1)
+    assert all(serve(waiting)[0] == 1 for _ in range(5)), "a replica that shows itself is waited for"
+
+
+def test_jobs_of_a_model_that_is_not_deployed_make_nobody_yield(queue: JobQueue, url: str) -> None:
+    policy = QueuePolicy("flux", url)
+    submit(queue, "sdxl")
+    for _ in range(3):
+        submit(queue, "flux")
+    grow_old(url, 2 * YIELD_BUSY_AFTER_S)
+    wait_until(lambda: decided(policy, current=1) == 3, 5, "growth")
 
 
 def test_replica_counts_stay_while_the_table_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,186 +1,239 @@
-"""Accepted jobs survive the death of their worker and the gateway, rolling updates, scaling to zero."""
+"""Accepted jobs survive the death of workers and gateways, updates, scaling to zero, and a sick object store.
+
+One service on SQLite and S3; every test ends with the contract of all jobs that it had in flight.
+"""
 
 from __future__ import annotations
 
 import os
+import random
 import signal
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
+import threading
+import time
+import uuid
 
 import httpx
 import pytest
 
-from cluster.jobs import TRANSITIONS, JobState
-from cluster.queue import JobQueue
-from deployments.tiny import write_tiny_lora
-from tests.service import (
-    edited_config,
-    finished,
-    free_port,
-    redeploy,
-    replica_pids,
-    serve_run,
-    submit,
-    wait_until,
-)
+from cluster.jobs import Claim, FailureCode, JobState
+from tests.cluster.tables import locked
+from tests.faults.service import MODELS, Service, body, kill_unless_last_attempt, long_body
+from tests.s3 import Proxy, delayed, passed_on, refused, reset_after_sending
+from tests.service import finished, replica_pids, wait_until
 
 pytestmark = pytest.mark.slow
 
-LEASE_S = 4.0
-
-
-@dataclass
-class Service:
-    client: httpx.Client
-    queue: JobQueue
-    folder: Path
-    port: int
-
-    def worker_of(self, job_id: str) -> int | None:
-        """The pid of the worker that runs the job now: owners name it."""
-        job = self.queue.get(job_id)
-        if job is None or job.state is not JobState.IN_PROGRESS or job.owner is None:
-            return None
-        return int(job.owner.split(":")[1])
-
-    def gateway(self) -> int:
-        return wait_until(lambda: replica_pids("gateway"), 30, "the gateway's start")[0]
-
-    def running(self, job_id: str) -> Any:
-        """Wait until the job has made a few steps."""
-
-        def probe() -> Any:
-            progress = self.client.get(f"/v1/requests/{job_id}/status").json()["progress"]
-            return progress is not None and progress["step"] >= 2 and progress
-
-        return wait_until(probe, 120, "the job's start")
-
-    def config(self, **options: Any) -> str:
-        args = {"lease_s": LEASE_S, "adapter_bytes": options.pop("adapter_bytes", 1 << 30)}
-        return edited_config(
-            ["flux"],
-            self.port,
-            args=args,
-            options={"graceful_shutdown_timeout_s": 120.0, **options},
-            max_replicas=1,
-            downscale_to_zero_delay_s=5.0,
-            downscale_delay_s=5.0,
-        )
-
-    def check_history(self, job_id: str) -> None:
-        """Every change in the job's history is a legal one, and it ended once."""
-        events = self.queue.events(job_id)
-        states = [event.state for event in events]
-        assert states[0] is JobState.IN_QUEUE
-        for before, after in pairwise(states):
-            assert after in TRANSITIONS[before], states
-        assert sum(state.terminal for state in states) == 1
-        assert [event.epoch for event in events] == sorted(event.epoch for event in events)
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Iterator[Service]:
-    folder = tmp_path_factory.mktemp("faults")
-    write_tiny_lora(folder / "loras" / "a.safetensors", seed=1)
-    write_tiny_lora(folder / "loras" / "b.safetensors", seed=2)
-    environment = {
-        "CHECKPOINTS_PATH": str(checkpoints),
-        "WORKFLOWS_BASE_PATH": str(folder / "loras"),
-        "OUTPUT_BASE_PATH": str(folder / "outputs"),
-        "JOBS_URL": f"sqlite:///{folder}/jobs.db",
-    }
-    port = free_port()
-    made = Service(client=None, queue=None, folder=folder, port=port)  # type: ignore[arg-type]
-    with serve_run(made.config(), port, folder, environment) as client:
-        made.client, made.queue = client, JobQueue(environment["JOBS_URL"])
-        yield made
-        made.queue.close()
-
-
-def long_body(lora: str = "a", steps: int = 100, prompts: int = 1) -> dict[str, Any]:
-    prompt = {"prompt": "a long road", "width": 512, "height": 512, "sample_steps": steps}
-    return {"model": "flux", "loras": [{"path": f"{lora}.safetensors"}], "prompts": [prompt] * prompts}
-
-
-def short_body(lora: str = "a", seed: int = 1) -> dict[str, Any]:
-    prompt = {"prompt": "a short road", "width": 64, "height": 64, "sample_steps": 2, "seed": seed}
-    return {"model": "flux", "loras": [{"path": f"{lora}.safetensors"}], "prompts": [prompt]}
+KILLS = 10
 
 
 def test_a_killed_worker_loses_no_job(service: Service) -> None:
-    job_id = submit(service.client, long_body())
-    waiting = [submit(service.client, short_body("b", seed)) for seed in range(3)]
-    service.running(job_id)
-    worker = service.worker_of(job_id)
-    assert worker is not None
+    job_id = service.submit(long_body())
+    for seed in range(3):
+        service.submit(body(seeds=(seed,)))
+    worker, killed_at = service.running(job_id), time.time()
     os.kill(worker, signal.SIGKILL)
-    status = finished(service.client, job_id)
-    assert (status["status"], status["attempts"]) == ("succeeded", 2)
-    for other in waiting:
-        assert finished(service.client, other)["status"] == "succeeded"
-    for each in (job_id, *waiting):
-        service.check_history(each)
+    ended = service.kept(killed_at)
+    assert all(job.state is JobState.SUCCEEDED for job in ended.values())
+    assert ended[job_id].attempts == 2
     result = service.client.get(f"/v1/requests/{job_id}/result").json()
     image = result["outputs"]["images"][0]
     assert f"/{job_id}/2/" in image["url"]
-    assert len(service.client.get(image["url"]).content) == image["bytes"]
+    assert len(httpx.get(image["url"]).content) == image["bytes"]
 
 
-def test_a_killed_gateway_loses_no_job(service: Service) -> None:
-    job_id = submit(service.client, long_body("b"))
-    accepted = [submit(service.client, short_body("a", seed)) for seed in range(5)]
-    gateway = service.gateway()
+def test_ten_workers_killed_at_random_moments(service: Service) -> None:
+    dice, began = random.Random(6), time.time()
+    for job_id in [service.submit(long_body(model)) for model in MODELS]:
+        service.running(job_id)
+    for _ in range(KILLS):
+        model = dice.choice(MODELS)
+        for wanted in MODELS:
+            # Always some in flight: of several prompts, of several lengths.
+            if wanted not in (depths := service.queue.depths()) or depths[wanted].queued < 2:
+                service.submit(long_body(wanted, steps=dice.randint(20, 60), prompts=dice.randint(1, 2)))
+                service.submit(body(wanted))
+        wait_until(lambda name=model: replica_pids(name), 120, f"a replica of {model}")
+        time.sleep(dice.uniform(0, 4))
+        kill_unless_last_attempt(service, model)
+    ended = service.kept(began, timeout_s=400)
+    assert {job.state for job in ended.values()} == {JobState.SUCCEEDED}
+    assert max(job.attempts for job in ended.values()) > 1
+
+
+def test_a_worker_that_was_stopped_writes_nothing_when_it_goes_on(service: Service) -> None:
+    job_id = service.submit(long_body(steps=20, prompts=12))
+    worker = service.running(job_id)
+    refusals = service.said("lease lost, nothing written")
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        stopped_at = time.time()
+        claims: list[Claim] = []
+
+        def claimed() -> list[Claim]:
+            # Another worker has the job while the first one still believes that it is its own.
+            claims.extend(filter(None, [service.queue.claim("flux", "flux@another:0:a", patience_s=0)]))
+            return claims
+
+        (claim,) = wait_until(claimed, 2 * service.lease_s + 20, "the end of the lease")
+        assert (claim.job.id, claim.epoch) == (job_id, 2)
+        time.sleep(max(0.0, stopped_at + 2 * service.lease_s - time.time()))
+        recorded = service.queue.outputs(job_id)
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    wait_until(lambda: service.said("lease lost, nothing written") > refusals, 30, "the refusal")
+    assert service.queue.outputs(job_id) == recorded
+    assert [event.epoch for event in service.queue.events(job_id)][-1] == 2
+    service.queue.release(claim)
+    ended = service.kept(stopped_at)[job_id]
+    assert (ended.state, ended.epoch) == (JobState.SUCCEEDED, 3)
+    published = service.queue.outputs(job_id)
+    assert published[: len(recorded)] == recorded
+    assert {output["key"].split("/")[1] for output in published[len(recorded) :]} == {"3"}
+
+
+def test_a_gateway_killed_under_load_forgets_no_answer(service: Service) -> None:
+    answered: dict[str, str] = {}
+    stop = threading.Event()
+
+    def post(client: int) -> None:
+        """Submit one request after the other, each until it is answered with 200."""
+        count = 0
+        while not stop.is_set():
+            key, count = f"client-{client}-{count}", count + 1
+            answered[key] = repeat(service, key)
+            time.sleep(0.3)
+
+    clients = [threading.Thread(target=post, args=(n,)) for n in range(4)]
+    job_id = service.submit(long_body("sd15"))
+    for client in clients:
+        client.start()
+    time.sleep(2)
+    gateway, killed_at = service.gateway(), time.time()
     os.kill(gateway, signal.SIGKILL)
-
-    def answers() -> bool:
-        try:
-            return service.client.get("/health").status_code == 200
-        except httpx.TransportError:
-            return False
-
     wait_until(lambda: [pid for pid in replica_pids("gateway") if pid != gateway], 60, "a new gateway")
-    wait_until(answers, 60, "the gateway's return")
-    for each in (job_id, *accepted):
-        status = finished(service.client, each)
-        assert (status["status"], status["attempts"]) == ("succeeded", 1)
-        service.check_history(each)
+    wait_until(service.answers, 60, "the gateway's return")
+    time.sleep(2)
+    stop.set()
+    for client in clients:
+        client.join()
+    assert len(set(answered.values())) == len(answered)
+    assert all(repeat(service, key) == accepted for key, accepted in answered.items())
+    other = service.client.post(
+        "/v1/inference", json=body(seeds=(99,)), headers={"Idempotency-Key": next(iter(answered))}
+    )
+    assert (other.status_code, other.json()["detail"]["error"]["code"]) == (409, "IDEMPOTENCY_KEY_REUSED")
+    service.accepted += answered.values()
+    ended = service.kept(killed_at)
+    assert {job.state for job in ended.values()} == {JobState.SUCCEEDED}
+    assert ended[job_id].attempts == 1
 
 
-def test_a_rolling_update_lets_the_running_job_finish(service: Service) -> None:
-    job_id = submit(service.client, long_body())
-    service.running(job_id)
-    before = service.worker_of(job_id)
-    redeploy(service.config(adapter_bytes=1 << 29), service.folder)
-    status = finished(service.client, job_id)
-    assert (status["status"], status["attempts"]) == ("succeeded", 1)
-    again = submit(service.client, long_body("b", steps=40))
-    service.running(again)
-    assert service.worker_of(again) != before
-    assert finished(service.client, again)["status"] == "succeeded"
-    service.check_history(job_id)
+def repeat(service: Service, key: str) -> str:
+    """Post the request of an idempotency key until it is answered; return its id."""
+
+    def answer() -> str | None:
+        try:
+            sent = service.client.post("/v1/inference", json=body(), headers={"Idempotency-Key": key})
+        except httpx.TransportError:
+            return None
+        assert sent.status_code == 200 or sent.status_code >= 500, sent.text
+        return sent.json()["request_id"] if sent.status_code == 200 else None
+
+    return wait_until(answer, 60, "an answer")
+
+
+def test_numbers_change_in_place_under_a_running_job(service: Service) -> None:
+    job_id = service.submit(long_body())
+    worker = service.running(job_id)
+    service.redeploy(downscale_to_zero_delay_s=30.0, health_check_timeout_s=20.0)
+    assert service.kept()[job_id].attempts == 1
+    assert worker in replica_pids("flux")
+
+
+def test_a_rolling_update_lets_running_jobs_finish(service: Service) -> None:
+    jobs = [service.submit(long_body(model)) for model in MODELS]
+    before, updated_at = {service.running(job_id) for job_id in jobs}, time.time()
+    service.redeploy(adapter_bytes=1 << 29)
+    wait_until(lambda: not before & set(replica_pids("flux")), 120, "the end of the old replica")
+    jobs.append(service.submit(body()))
+    ended = service.kept(updated_at)
+    assert not before & {int(job.owner.split(":")[1]) for job in (ended[jobs[-1]],) if job.owner}
+    assert [ended[job_id].attempts for job_id in jobs] == [1, 1, 1]
+
+
+def test_a_model_may_go_and_come_back(service: Service) -> None:
+    running, waiting = service.submit(long_body("sd15")), service.submit(body("sd15"))
+    other = service.submit(body())
+    service.running(running)
+    service.redeploy(("flux",), adapter_bytes=1 << 29)
+    wait_until(lambda: not replica_pids("sd15"), 60, "the end of the model's replicas")
+    assert finished(service.client, running)["status"] == "succeeded"
+    assert finished(service.client, other)["status"] == "succeeded"
+    assert service.job(waiting).state is JobState.IN_QUEUE
+    returned_at = time.time()
+    service.redeploy(adapter_bytes=1 << 29)
+    ended = service.kept(returned_at)
+    assert [ended[job_id].attempts for job_id in (running, waiting)] == [1, 1]
 
 
 def test_too_little_grace_releases_the_job_uncounted(service: Service) -> None:
-    def config(adapter_bytes: int) -> str:
-        return service.config(adapter_bytes=adapter_bytes, graceful_shutdown_timeout_s=4.0)
-
     before = set(replica_pids("flux"))
-    redeploy(config(1 << 28), service.folder)
+    service.redeploy(adapter_bytes=1 << 28, graceful_shutdown_timeout_s=4.0)
     wait_until(lambda: not before & set(replica_pids("flux")), 60, "the end of the replicas with much grace")
-    job_id = submit(service.client, long_body(steps=150, prompts=5))
+    job_id = service.submit(long_body(prompts=4))
     service.running(job_id)
-    redeploy(config(1 << 27), service.folder)
-    status = finished(service.client, job_id)
-    assert (status["status"], status["attempts"]) == ("succeeded", 1)
-    assert max(event.epoch for event in service.queue.events(job_id)) == 2
-    service.check_history(job_id)
+    updated_at = time.time()
+    service.redeploy(adapter_bytes=1 << 27, graceful_shutdown_timeout_s=4.0)
+    ended = service.kept(updated_at)[job_id]
+    assert (ended.state, ended.attempts, ended.epoch) == (JobState.SUCCEEDED, 1, 2)
+
+
+def test_an_upload_that_meets_faults_is_sent_again(service: Service, proxy: Proxy) -> None:
+    job_id = service.submit(long_body())
+    service.running(job_id)
+    proxy.faults.extend([delayed(2.0), refused, reset_after_sending(0), reset_after_sending(2000)])
+    proxy.cut()
+    assert service.kept()[job_id].attempts == 1
+    assert len(proxy.faults) < 4
+
+
+def test_an_object_store_that_stays_away_fails_jobs_and_publishes_nothing(
+    service: Service, proxy: Proxy
+) -> None:
+    proxy.otherwise = refused
+    proxy.cut()
+    try:
+        lost = service.submit(body())
+        wait_until(lambda: service.job(lost).state.terminal, 120, "the last attempt")
+        saved = service.submit(body())
+        wait_until(lambda: service.queue.events(saved)[-1].epoch == 1, 60, "the first attempt")
+        wait_until(lambda: service.job(saved).state is JobState.IN_QUEUE, 60, "the first failure")
+    finally:
+        proxy.otherwise, back_at = passed_on, time.time()
+    ended = service.kept(back_at)
+    assert (ended[lost].error_code, ended[lost].attempts) == (FailureCode.OUTPUT_STORE_ERROR, 3)
+    assert (ended[saved].state, ended[saved].attempts) == (JobState.SUCCEEDED, 2)
+
+
+def test_a_locked_table_is_told_and_loses_nothing(service: Service) -> None:
+    job_id = service.submit(long_body(prompts=2))
+    service.running(job_id)
+    key, locked_at = {"Idempotency-Key": str(uuid.uuid4())}, time.time()
+    with locked(os.environ["JOBS_URL"]):
+        refusal = service.client.post("/v1/inference", json=body(), headers=key)
+        assert (refusal.status_code, refusal.headers["retry-after"]) == (503, "1")
+        assert service.client.get(f"/v1/requests/{job_id}/status").status_code == 200, "readers go on"
+        time.sleep(max(0.0, locked_at + 20 - time.time()))
+    repeated = service.submit(body(), **key)
+    ended = service.kept(time.time())
+    assert ended[job_id].state is ended[repeated].state is JobState.SUCCEEDED
 
 
 def test_an_idle_model_goes_to_zero_and_comes_back(service: Service) -> None:
-    wait_until(lambda: not replica_pids("flux"), 90, "scaling to zero")
-    job_id = submit(service.client, short_body())
-    assert finished(service.client, job_id)["status"] == "succeeded"
-    assert replica_pids("flux")
+    service.redeploy(adapter_bytes=1 << 26, downscale_to_zero_delay_s=5.0)
+    wait_until(lambda: not any(map(replica_pids, MODELS)), 90, "scaling to zero")
+    began = time.time()
+    for model in MODELS:
+        service.submit(body(model))
+    ended = service.kept(began)
+    assert {job.attempts for job in ended.values()} == {1}

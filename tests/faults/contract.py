@@ -1,0 +1,54 @@
+"""What was promised for every accepted job (`docs/architecture.md`, "The job's life"), asserted afterwards.
+
+It reads what was written down at the time: the append-only `job_events`, the recorded outputs, the objects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from cluster.jobs import Job, JobEvent, JobState
+from cluster.objects import ObjectStore
+from cluster.queue import JobQueue
+from tests.cluster.tables import check_history
+
+MAX_ATTEMPTS = 3
+
+
+def check_contract(queue: JobQueue, store: ObjectStore, job_id: str) -> Job:
+    """Assert for a job that should be at its end: not lost, ended once, its result published once."""
+    job = queue.get(job_id)
+    assert job is not None, f"the accepted job {job_id} is lost"
+    events = queue.events(job_id)
+    check_history(events)
+    _check_end(job, events)
+    if job.state is JobState.SUCCEEDED:
+        _check_result(queue, store, job)
+    else:
+        assert job.result is None
+        assert (job.error_code is not None) is (job.state is JobState.FAILED)
+    return job
+
+
+def _check_end(job: Job, events: list[JobEvent]) -> None:
+    """One terminal event, the last, and the row says what it says; each run was an epoch of its own."""
+    assert [event.state.terminal for event in events] == [False] * (len(events) - 1) + [True], events
+    assert (job.state, job.epoch, job.owner) == (events[-1].state, events[-1].epoch, events[-1].owner)
+    runs = [event.epoch for event in events if event.state is JobState.IN_PROGRESS]
+    assert runs == list(range(1, job.epoch + 1)), events
+    assert job.attempts <= min(job.epoch, MAX_ATTEMPTS)
+
+
+def _check_result(queue: JobQueue, store: ObjectStore, job: Job) -> None:
+    """It was executed, and each prompt has one output, of one of the job's own runs, with intact objects."""
+    assert job.epoch > 0 and job.result is not None and job.error_code is None
+    outputs = queue.outputs(job.id)
+    assert [output["seed"] for output in outputs] == [prompt["seed"] for prompt in job.spec["prompts"]]
+    for output in outputs:
+        owner, epoch, _ = output["key"].split("/")
+        assert owner == job.id and 1 <= int(epoch) <= job.epoch
+        data = store.get(output["key"])
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (output["bytes"], output["sha256"])
+        manifest = json.loads(store.get(output["manifest_key"]))
+        assert (manifest["request_id"], manifest["sha256"]) == (job.id, output["sha256"])

@@ -1,0 +1,199 @@
+"""A service under faults: two models, jobs of several lengths, and the contract of all it accepted."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from cluster.jobs import Job, JobState, StoreUnavailable
+from cluster.objects import ObjectStore, open_store
+from cluster.queue import JobQueue
+from tests.faults.contract import check_contract
+from tests.parity.cases import FOLDER
+from tests.service import (
+    descendants,
+    edited_config,
+    free_port,
+    redeploy,
+    replica_pids,
+    serve_run,
+    submit,
+    wait_until,
+)
+
+MODELS = ("flux", "sd15")
+
+LONG_SIDES = {"flux": 512, "sd15": 192}
+"""At these sizes the tiny models take some 30 ms for a step."""
+
+GRACE_S = 120.0
+
+
+def body(
+    model: str = "flux", *, steps: int = 2, side: int = 64, seeds: tuple[int, ...] = (1,)
+) -> dict[str, Any]:
+    """A request of small pictures, one per seed."""
+    prompt = {"prompt": "a long road", "width": side, "height": side, "sample_steps": steps}
+    prompts = [{**prompt, "seed": seed} for seed in seeds]
+    return {"model": model, "loras": [{"path": f"{model}.safetensors"}], "prompts": prompts}
+
+
+def long_body(model: str = "flux", *, steps: int = 100, prompts: int = 1) -> dict[str, Any]:
+    """A request that runs for some seconds."""
+    return body(model, steps=steps, side=LONG_SIDES[model], seeds=tuple(range(1, prompts + 1)))
+
+
+@dataclass
+class Outcome:
+    """What a fault did: seconds until the first job ran again after it, None where none had to."""
+
+    jobs: int
+    recovery_s: float | None
+
+
+@dataclass
+class Service:
+    client: httpx.Client
+    queue: JobQueue
+    store: ObjectStore
+    folder: Path
+    port: int
+    lease_s: float
+    accepted: list[str] = field(default_factory=list)
+
+    def submit(self, request: Mapping[str, Any], **headers: str) -> str:
+        """Submit what must be accepted; `kept` asserts its contract."""
+        job_id = submit(self.client, request, **headers)
+        self.accepted.append(job_id)
+        return job_id
+
+    def job(self, job_id: str) -> Job:
+        job = self.queue.get(job_id)
+        assert job is not None
+        return job
+
+    def worker_of(self, job_id: str) -> int | None:
+        """The pid of the worker that runs the job now: owners name it."""
+        job = self.job(job_id)
+        running = job.state is JobState.IN_PROGRESS and job.owner is not None
+        return int(job.owner.split(":")[1]) if running and job.owner else None
+
+    def running(self, job_id: str, step: int = 2, timeout_s: float = 120) -> int:
+        """Wait until the job has made some steps of its present run; return its worker's pid."""
+
+        def probe() -> int | None:
+            progress = self.job(job_id).progress
+            return self.worker_of(job_id) if progress is not None and progress.step >= step else None
+
+        return wait_until(probe, timeout_s, f"the start of job {job_id}")
+
+    def gateway(self) -> int:
+        return wait_until(lambda: replica_pids("gateway"), 30, "the gateway's start")[0]
+
+    def answers(self) -> bool:
+        try:
+            return self.client.get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def redeploy(self, models: tuple[str, ...] = MODELS, **options: Any) -> None:
+        redeploy(worker_config(self.port, self.lease_s, models, **options), self.folder)
+
+    def said(self, words: str) -> int:
+        """How often the service's log has these words, a regular expression."""
+        return len(re.findall(words, (self.folder / "serve.log").read_text(errors="replace")))
+
+    def kept(self, since: float | None = None, timeout_s: float = 240) -> dict[str, Job]:
+        """Wait for the end of everything accepted, assert the contract of each; begin anew.
+
+        `since` is when the fault began, by the clock: how long it took until a job was claimed is told.
+        """
+        ids, self.accepted = self.accepted, []
+        wait_until(lambda: self._ended(ids), timeout_s, "the end of all jobs")
+        ended = {job_id: check_contract(self.queue, self.store, job_id) for job_id in ids}
+        starts = [
+            event.at - since
+            for job_id in ids
+            for event in self.queue.events(job_id)
+            if since is not None and event.state is JobState.IN_PROGRESS and event.at > since
+        ]
+        OUTCOMES.append((_current_test(), Outcome(len(ids), min(starts, default=None))))
+        return ended
+
+    def _ended(self, ids: list[str]) -> bool:
+        try:
+            return self.queue.finished(ids) == set(ids)
+        except StoreUnavailable:
+            return False  # Our own connections may be from before the fault.
+
+
+OUTCOMES: list[tuple[str, Outcome]] = []
+"""Of each test, in order; pytest prints them at its end."""
+
+
+def _current_test() -> str:
+    return os.environ.get("PYTEST_CURRENT_TEST", "").split("::")[-1].split(" ")[0]
+
+
+def worker_config(port: int, lease_s: float, models: tuple[str, ...] = MODELS, **options: Any) -> str:
+    scaling = {name: options.pop(name) for name in ("downscale_to_zero_delay_s",) if name in options}
+    arguments = {"lease_s": lease_s, "adapter_bytes": options.pop("adapter_bytes", 1 << 30)}
+    return edited_config(
+        list(models),
+        port,
+        args=arguments,
+        options={"graceful_shutdown_timeout_s": GRACE_S, **options},
+        max_replicas=1,
+        downscale_delay_s=5.0,
+        **{"downscale_to_zero_delay_s": 60.0, **scaling},
+    )
+
+
+@contextmanager
+def serving(
+    folder: Path, checkpoints: Path, *, lease_s: float, environment: Mapping[str, str]
+) -> Iterator[Service]:
+    """Run a service whose LoRAs are named after their models; its store is opened with this environment."""
+    loras = folder / "loras"
+    loras.mkdir(exist_ok=True)
+    for model in MODELS:
+        file = next((FOLDER / model / "lora").glob("*.safetensors"))
+        shutil.copy(file, loras / f"{model}.safetensors")
+    own = {"CHECKPOINTS_PATH": str(checkpoints), "WORKFLOWS_BASE_PATH": str(loras), **environment}
+    port = free_port()
+    with serve_run(worker_config(port, lease_s), port, folder, own) as client:
+        queue, store = JobQueue(own["JOBS_URL"]), open_store(own["OUTPUT_BASE_PATH"])
+        yield Service(client, queue, store, folder, port, lease_s)
+        queue.close()
+
+
+def kill_all(pid: int) -> None:
+    """End a process and everything below it, as the loss of their machine does."""
+    for each in (pid, *descendants(pid)):
+        try:
+            os.kill(each, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def kill_unless_last_attempt(service: Service, model: str) -> None:
+    """Kill a worker, whatever it does; but a third loss would rightly fail its job."""
+
+    def killed() -> bool:
+        pids = replica_pids(model)
+        running = [job for job_id in service.accepted if (job := service.job(job_id)).model == model]
+        if not pids or any(job.state is JobState.IN_PROGRESS and job.attempts == 3 for job in running):
+            return False
+        os.kill(pids[0], signal.SIGKILL)
+        return True
+
+    wait_until(killed, 120, f"a worker of {model} that may be killed")
