@@ -133,6 +133,7 @@ class JobSummary:
     id: str
     seq: int
     model: str
+    tenant: str
     state: JobState
     attempts: int
     created_at: float
@@ -150,7 +151,6 @@ class Job(JobSummary):
 
     spec: Mapping[str, Any]
     adapter: str
-    tenant: str
     fingerprint: str | None
     epoch: int
     owner: str | None

@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from tests.s3 import Proxy, S3Server
     from tests.studio import Studio
+
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 for secret in ("API_KEYS", "API_KEYS_FILE", "SECRET_KEY", "WEBHOOK_SECRET"):

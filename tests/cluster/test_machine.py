@@ -232,7 +232,6 @@ def test_the_queue_does_what_the_model_says(url: str) -> None:
         settings=settings(
             max_examples=20,
             stateful_step_count=30,
-            deadline=None,
             derandomize=True,
             suppress_health_check=[HealthCheck.too_slow],
         ),

@@ -107,7 +107,7 @@ def test_what_is_no_image(data: bytes, words: str) -> None:
 SAMPLES = [saved(Image.fromarray(PIXELS), name) for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP")]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.sampled_from(SAMPLES), st.data())
 def test_damaged_images_decode_or_are_rejected(sample: bytes, data: st.DataObject) -> None:
     damaged = bytearray(sample)

@@ -97,7 +97,7 @@ def test_broken_files(tmp_path: Path, kind: str) -> None:
     assert words in caught.value.message
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
 @given(position=st.integers(0, len(SOUND) - 1), value=st.integers(0, 255), cut=st.integers(0, len(SOUND)))
 def test_damaged_files_never_raise_anything_else(tmp_path: Path, position: int, value: int, cut: int) -> None:
     data = bytearray(SOUND)
