@@ -7,6 +7,7 @@ and nothing from the environment (proxies, netrc) has a say. Blocking, for worke
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,6 +26,8 @@ from cluster.urls import Url, UrlRefused, check_url, is_listed, is_public, parse
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 _MAX_ETAG_CHARS = 256
+
+_SPAN = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)")
 
 Resolve = Callable[[str, int], list[str]]
 """From a host name and port to addresses; raises `OSError`."""
@@ -95,6 +98,26 @@ class Fetcher:
                 answer.check(None)
             return answer.headers
 
+    def read(self, url: Url, start: int, stop: int, *, token: str | None = None) -> tuple[bytes, int | None]:
+        """Return the bytes of `url`'s body from `start` up to `stop`, and the whole body's size if told.
+
+        There are fewer bytes where the body ends. Of a server that sends all of it no more is read than
+        these. `token` as for `fetch`; raises as that.
+        """
+        headers = {"Range": f"bytes={start}-{stop - 1}"}
+        with self._answer("GET", url, headers, token, self.pace(lambda: None), across=True) as answer:
+            if answer.status == 416:
+                return b"", None
+            first, size = answer.begin()
+            if not first <= start:
+                raise FetchError(FetchFault.UNUSABLE, f"{url.host} sends another part of the file.")
+            data = bytearray()
+            for piece in answer.pieces():
+                data += piece
+                if len(data) >= stop - first:
+                    break
+            return bytes(data[start - first : stop - first]), size
+
     @contextmanager
     def _answer(
         self, method: str, url: Url, headers: Mapping[str, str], token: str | None, pace: Pace, across: bool
@@ -164,14 +187,30 @@ class _Answer:
         """Raise `FetchError` unless there is a body as it is, of a size that is not known to be too large."""
         if self.status != 200:
             raise FetchError(fault_of(self.status), f"{self._host} answered {self.status}.")
-        if self.headers.get("content-encoding", "identity").lower() != "identity":
-            raise FetchError(FetchFault.UNUSABLE, f"{self._host} sends the file compressed.")
+        self._check_encoding()
         if max_bytes is not None and int(self.headers.get("content-length", 0)) > max_bytes:
             raise too_large(max_bytes)
+
+    def begin(self) -> tuple[int, int | None]:
+        """Return where in the whole body this answer's begins, and the size of the whole if it is told.
+
+        Raises `FetchError` as `check`.
+        """
+        span = _SPAN.fullmatch(self.headers.get("content-range", ""))
+        if self.status != 206 or span is None:
+            self.check(None)
+            length = self.headers.get("content-length")
+            return 0, int(length) if length else None
+        self._check_encoding()
+        return int(span[1]), int(span[2]) if span[2] != "*" else None
 
     def pieces(self) -> Iterator[bytes]:
         """Yield the body; one that is shorter than announced ends in an error."""
         return iter(self._response.iter_stream())
+
+    def _check_encoding(self) -> None:
+        if self.headers.get("content-encoding", "identity").lower() != "identity":
+            raise FetchError(FetchFault.UNUSABLE, f"{self._host} sends the file compressed.")
 
 
 def _redirection(url: Url, answer: _Answer) -> Url | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections import Counter
 from collections.abc import Sequence
 
 from cluster.jobs import JobFailure
@@ -70,30 +71,29 @@ def admit(request: InferenceRequest, settings: Settings, store: ObjectStore) -> 
 
 def _check_loras(request: InferenceRequest, model: ModelSpec, settings: Settings) -> list[str]:
     """Return the reference of each LoRA in its one form."""
-    experts = [lora.transformer for lora in request.loras]
-    if not experts:
+    if not request.loras:
         raise _lora_refusal(Code.LORA_FILE_REQUIRED, request)
-    if model.experts:
-        if None in experts:
-            raise _lora_refusal(Code.MOE_FORMAT_REQUIRED, request)
-        if len(set(experts)) < len(experts):
-            raise _lora_refusal(Code.SINGLE_MOE_CONFIG_ONLY, request)
-    elif any(experts):
+    experts = Counter(lora.transformer for lora in request.loras)
+    if model.experts and None in experts:
+        raise _lora_refusal(Code.MOE_FORMAT_REQUIRED, request)
+    if not model.experts and set(experts) != {None}:
         raise _lora_refusal(Code.MOE_FORMAT_NOT_SUPPORTED, request)
-    elif len(experts) > 1:
-        raise _lora_refusal(Code.SINGLE_LORA_ONLY, request)
+    most = settings.max_loras.get(model.id, 1)
+    if max(experts.values()) > most:
+        single = Code.SINGLE_MOE_CONFIG_ONLY if model.experts else Code.SINGLE_LORA_ONLY
+        raise _lora_refusal(single if most == 1 else Code.TOO_MANY_LORAS, request)
     return _check_lora_files(request, model, settings)
 
 
 def _lora_refusal(code: Code, request: InferenceRequest) -> Refusal:
     fields = {"path", "transformer", "network_multiplier"}
     return Refusal(
-        code, loras=[lora.model_dump(include=fields) | {"path": _shown(lora.path)} for lora in request.loras]
+        code, loras=[lora.model_dump(include=fields) | {"path": shown(lora.path)} for lora in request.loras]
     )
 
 
-def _shown(path: str) -> str:
-    """Leave of a URL only the scheme: user, query and path of one may be secrets."""
+def shown(path: str) -> str:
+    """Return what an answer may repeat of a reference: of a URL only the scheme, the rest may be secret."""
     url = _URL.match(path)
     return f"{url[0]}***" if url else path
 
@@ -106,14 +106,13 @@ def _check_lora_files(request: InferenceRequest, model: ModelSpec, settings: Set
         except Refusal as refusal:
             if refusal.code != Code.LORA_NOT_FOUND.name or not model.experts:
                 raise
-            missing.append(_shown(lora.path))
+            missing.append(shown(lora.path))
     if missing:
         raise Refusal(Code.LORA_NOT_FOUND, missing_files=missing)
     return references
 
 
 def _check_lora_file(path: str, settings: Settings) -> str:
-    shown = _shown(path)
     try:
         remote = parse(path)
         if remote is not None:
@@ -121,9 +120,11 @@ def _check_lora_file(path: str, settings: Settings) -> str:
             return remote.text
         judge(read_header(resolve(settings.loras, path)))
     except (LoraReferenceError, JobFailure) as error:
-        raise Refusal(Code[error.code], lora_path=shown, reason=str(error)) from error
+        raise Refusal(Code[error.code], lora_path=shown(path), reason=str(error)) from error
     except OSError as error:
-        raise Refusal(Code.LORA_NOT_FOUND, lora_path=shown, reason="The file cannot be read.") from error
+        raise Refusal(
+            Code.LORA_NOT_FOUND, lora_path=shown(path), reason="The file cannot be read."
+        ) from error
     return path
 
 

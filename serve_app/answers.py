@@ -228,10 +228,11 @@ class ModelAnswer(BaseModel):
     licence: str
     output_formats: tuple[str, ...]
     preview_differs: str | None
+    max_loras: int
 
     @classmethod
-    def of(cls, row: ModelSpec) -> Self:
-        """Describe a row of the catalogue."""
+    def of(cls, row: ModelSpec, max_loras: int) -> Self:
+        """Describe a row of the catalogue, of which requests may have `max_loras` LoRAs."""
         controls = row.control_images
         return cls(
             id=row.id,
@@ -252,6 +253,7 @@ class ModelAnswer(BaseModel):
             licence=row.licence,
             output_formats=row.formats,
             preview_differs=row.preview.differs if row.preview else None,
+            max_loras=max_loras,
         )
 
 

@@ -67,6 +67,32 @@ def render(
 
 
 @app.command()
+def inspect(
+    lora: Annotated[str, typer.Argument(help="A .safetensors file, or a URL, hf:// or s3:// reference.")],
+) -> None:
+    """Print as JSON what a LoRA is and which models it fits, from its header alone."""
+    from cluster.jobs import JobFailure
+    from deployments.loras.inspection import inspect_file
+    from serve_app.errors import Refusal
+    from serve_app.inspection import Inspector
+
+    file = Path(lora)
+    try:
+        found = inspect_file(file) if file.is_file() else Inspector(Settings()).inspect(lora)
+    except JobFailure as failure:
+        reason = f"{failure.code}: {failure.message}"
+    except Refusal as refusal:
+        reason = f"{refusal.code}: {refusal.details['reason']}"
+    except OSError as error:
+        reason = f"FILE_ERROR: {error.strerror}: {error.filename}"
+    else:
+        typer.echo(found.model_dump_json(indent=2))
+        return
+    typer.echo(f"{lora}: {reason}", err=True)
+    raise typer.Exit(1)
+
+
+@app.command()
 def demo(
     model: Annotated[str | None, typer.Option(help="Use this model's real checkpoint.")] = None,
     lora: Annotated[Path | None, typer.Option(help="A .safetensors file, with --model.")] = None,

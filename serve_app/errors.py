@@ -34,11 +34,18 @@ class Code(Enum):
     SINGLE_MOE_CONFIG_ONLY = 400, "This model takes one LoRA per request for each of its two transformers."
     MOE_FORMAT_NOT_SUPPORTED = 400, "This model has one transformer: leave `transformer` out of `loras`."
     SINGLE_LORA_ONLY = 400, "This model takes exactly one LoRA per request."
+    TOO_MANY_LORAS = (
+        400,
+        "The request has more LoRAs than the model's `max_loras` in /v1/models.",
+    )
     URL_NOT_ALLOWED = 400, "This service does not fetch from that URL; details.reason says why."
     LORA_URL_IS_DIRECTORY = 400, "The LoRA's URL names a folder, not a .safetensors file."
     LORA_PATH_NOT_ALLOWED = 400, "A LoRA path must stay inside the LoRA root."
     LORA_NOT_FOUND = 400, "There is no such LoRA file below the LoRA root."
     LORA_FORMAT_NOT_SUPPORTED = 400, "The LoRA is not an intact .safetensors file of a supported kind."
+    LORA_URL_IS_HTML = 400, "The LoRA's URL leads to a web page, not to a file."
+    LORA_ACCESS_DENIED = 400, "The LoRA's source wants an account or token that may read it."
+    LORA_UNREACHABLE = 502, "The LoRA's source cannot be reached, or sends no usable answer."
     CONTROL_IMAGE_REQUIRED = 400, "This model edits a picture: each prompt needs a control image."
     TOO_MANY_PROMPTS = 400, "The request has more prompts than this service takes at once."
     PROMPT_TOO_LONG = 400, "A prompt, negative prompt or trigger word is too long."

@@ -23,6 +23,7 @@ from cluster.objects import ObjectStore, open_store
 from cluster.queue import JobQueue
 from cluster.secrets import can_seal
 from deployments.catalog import CATALOG
+from deployments.loras.inspection import Inspection
 from serve_app.answers import (
     HealthAnswer,
     ListAnswer,
@@ -36,9 +37,10 @@ from serve_app.answers import (
 from serve_app.auth import SCHEME, KeyedRoute, Tenant, open_keys
 from serve_app.bounds import BoundedRoute
 from serve_app.errors import Code, Refusal, documented, install_handlers
+from serve_app.inspection import Inspector
 from serve_app.janitor import Janitor
 from serve_app.listing import MAX_LIMIT, read_page
-from serve_app.schemas import InferenceRequest
+from serve_app.schemas import InferenceRequest, InspectRequest
 from serve_app.settings import GatewayArgs
 from serve_app.submission import check_key, submit
 from serve_app.waiting import Waiting
@@ -49,6 +51,9 @@ DAY_S = 86_400.0
 
 PICTURE_THREADS = 2
 """Requests with control images that are admitted at a time: a decoded image takes up to 100 MB."""
+
+INSPECTIONS = 4
+"""LoRAs that are inspected at a time: one from elsewhere keeps a thread for up to 20 s."""
 
 MAX_WAIT_S = 60.0
 
@@ -71,6 +76,8 @@ class Parts:
     store: ObjectStore
     waiting: Waiting
     pictures: anyio.CapacityLimiter
+    inspector: Inspector
+    inspections: anyio.CapacityLimiter
 
 
 async def _parts(request: Request) -> Parts:
@@ -122,7 +129,15 @@ def create_app(settings: GatewayArgs) -> FastAPI:
             queue = stack.enter_context(closing(await run_sync(opened)))
             stack.enter_context(closing(Janitor(queue, store, settings.retention_days * DAY_S)))
             waiting = stack.enter_context(closing(Waiting(queue)))
-            app.state.parts = Parts(settings, queue, store, waiting, anyio.CapacityLimiter(PICTURE_THREADS))
+            app.state.parts = Parts(
+                settings,
+                queue,
+                store,
+                waiting,
+                pictures=anyio.CapacityLimiter(PICTURE_THREADS),
+                inspector=Inspector(settings),
+                inspections=anyio.CapacityLimiter(INSPECTIONS),
+            )
             yield
 
     app = FastAPI(
@@ -202,10 +217,17 @@ async def cancel_request(
     return answer
 
 
+@v1.post("/loras/inspect", responses=documented(400, 413, 502))
+async def inspect_lora(body: InspectRequest, parts: Shared) -> Inspection:
+    """Tell what a LoRA is and which models it fits; nothing is stored."""
+    return await run_sync(parts.inspector.inspect, body.path, body.hf_token, limiter=parts.inspections)
+
+
 @v1.get("/models")
-async def list_models() -> ModelsAnswer:
+async def list_models(parts: Shared) -> ModelsAnswer:
     """List the model ids that this service renders."""
-    return ModelsAnswer(models=[ModelAnswer.of(row) for row in CATALOG.values()])
+    most = parts.settings.max_loras
+    return ModelsAnswer(models=[ModelAnswer.of(row, most.get(row.id, 1)) for row in CATALOG.values()])
 
 
 @public.get("/health")

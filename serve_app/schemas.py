@@ -39,6 +39,7 @@ Guidance = Annotated[float, Field(ge=0, le=20, allow_inf_nan=False)]
 Steps = Annotated[int, Field(ge=1, le=150)]
 Seed = Annotated[int, Field(ge=-1, lt=2**64)]
 Multiplier = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+LoraPath = Annotated[str, Field(max_length=MAX_PATH_CHARS), AfterValidator(_plain)]
 
 Token = Annotated[str, Field(max_length=1000, pattern=r"^[!-~]*$")]
 """What fits into an HTTP header."""
@@ -59,7 +60,7 @@ class _Part(BaseModel):
 class LoraItem(_Part):
     """One LoRA of a request. `path` is relative to the LoRA root, or a reference to elsewhere."""
 
-    path: Annotated[str, Field(max_length=MAX_PATH_CHARS), AfterValidator(_plain)]
+    path: LoraPath
     transformer: Literal["low", "high"] | None = None
     network_multiplier: Multiplier | None = None
     sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$"), AfterValidator(str.lower)] | None = None
@@ -115,6 +116,13 @@ class InferenceRequest(_Part):
         """Hash of what was asked: equal for bodies that differ only in layout, nulls or unknown fields."""
         canonical = self.model_dump_json(exclude_none=True, exclude_defaults=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class InspectRequest(_Part):
+    """Body of `POST /v1/loras/inspect`; `path` as in `LoraItem`."""
+
+    path: LoraPath
+    hf_token: Annotated[Token | None, Field(repr=False)] = None
 
 
 def _named(name: str, items: Sequence[_Part]) -> Iterable[tuple[str, _Part]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
@@ -11,6 +12,8 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 from cluster.urls import parse_hosts
 from deployments.catalog import CATALOG
 from serve_app.schemas import MAX_ITEMS
+
+Models = TypeVar("Models", bound=Iterable[str])
 
 
 def _split(value: Any) -> Any:  # noqa: ANN401 - whatever the file holds, validated after this
@@ -24,6 +27,15 @@ def _are_hosts(value: tuple[str, ...]) -> tuple[str, ...]:
     parse_hosts(value)
     return value
 
+
+def _are_models(value: Models) -> Models:
+    unknown = [model for model in value if model not in CATALOG]
+    if unknown:
+        raise ValueError(f"no such model: {', '.join(unknown)}; there are {', '.join(CATALOG)}")
+    return value
+
+
+Count = Annotated[int, Field(ge=1, le=MAX_ITEMS)]
 
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 
@@ -59,7 +71,11 @@ class Settings(BaseSettings):
     )
     inference_timeout_s: Annotated[float, Field(validation_alias="INFERENCE_TIMEOUT", gt=0)] = 3600.0
 
-    max_prompts: Annotated[int, Field(ge=1, le=MAX_ITEMS)] = 100
+    # By model id; one where nothing is said, as in the reference server.
+    max_loras: Annotated[
+        dict[str, Annotated[int, Field(ge=1, le=MAX_ITEMS)]], AfterValidator(_are_models)
+    ] = {}
+    max_prompts: Count = 100
     max_prompt_chars: Annotated[int, Field(ge=1)] = 10_000
     max_image_pixels: Annotated[int, Field(ge=1)] = 2 * 4096 * 4096
 
@@ -106,14 +122,6 @@ class GatewayArgs(Settings):
 class ModelsArgs(Settings):
     """Arguments of `build_models`: the ids of one application, and what each of their workers keeps to."""
 
-    models: Annotated[tuple[str, ...], Field(min_length=1)]
+    models: Annotated[tuple[str, ...], AfterValidator(_are_models), Field(min_length=1)]
     lease_s: Annotated[float, Field(gt=0)] = 30.0
     adapter_bytes: Annotated[int, Field(ge=0)] = 8 * 2**30
-
-    @field_validator("models")
-    @classmethod
-    def _in_catalogue(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        unknown = [model for model in value if model not in CATALOG]
-        if unknown:
-            raise ValueError(f"no such model: {', '.join(unknown)}; there are {', '.join(CATALOG)}")
-        return value

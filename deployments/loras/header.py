@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ MAX_HEADER_BYTES = 10_000_000
 
 MAX_TENSORS = 65_536
 
-_LENGTH_BYTES = 8
+LENGTH_BYTES = 8
+"""Bytes before the header that hold its length."""
 
 _ITEM_BYTES: Mapping[str, int] = {
     "F64": 8,
@@ -48,10 +50,14 @@ _OTHER_FORMATS: Mapping[bytes, str] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor as the header states it; `dtype` is safetensors' own name, such as `BF16`."""
+    """One tensor as the header states it; `dtype` is safetensors' own name, such as `BF16`.
+
+    `begin` is where it begins in the file, in bytes.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    begin: int = 0
 
     @property
     def items(self) -> int:
@@ -81,24 +87,25 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
-        length, text = _read_text(file, size)
-    return _parse(text, size - _LENGTH_BYTES - length)
+        length = header_bytes(file.read(LENGTH_BYTES))
+        return parse_header(file.read(length), length, size)
 
 
-def _read_text(file: BinaryIO, size: int) -> tuple[int, bytes]:
-    start = file.read(_LENGTH_BYTES)
+def header_bytes(start: bytes) -> int:
+    """Return how many bytes of header follow the first `LENGTH_BYTES` of a file; raises as `read_header`."""
     if not start:
         raise unsupported("is empty")
     length = int.from_bytes(start, "little")
-    if len(start) < _LENGTH_BYTES or not 2 <= length <= MAX_HEADER_BYTES:
+    if len(start) < LENGTH_BYTES or not 2 <= length <= MAX_HEADER_BYTES:
         kind = next((kind for magic, kind in _OTHER_FORMATS.items() if start.startswith(magic)), None)
         raise unsupported(f"is not safetensors but {kind}" if kind else "is not safetensors")
-    if size < _LENGTH_BYTES + length:
+    return length
+
+
+def parse_header(text: bytes, length: int, size: int | None) -> Header:
+    """Read a header of `length` bytes, of a file of `size` bytes if known; raises as `read_header`."""
+    if len(text) < length:
         raise unsupported("is truncated: it ends within its header")
-    return length, file.read(length)
-
-
-def _parse(text: bytes, data_bytes: int) -> Header:
     try:
         entries = json.loads(text.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -110,12 +117,24 @@ def _parse(text: bytes, data_bytes: int) -> Header:
         raise unsupported("has metadata that are not strings")
     if len(entries) > MAX_TENSORS:
         raise unsupported(f"holds {len(entries)} tensors; at most {MAX_TENSORS} are allowed")
+    start = LENGTH_BYTES + length
     spans, tensors = [], {}
     for name, entry in entries.items():
-        tensors[name], span = _tensor(name, entry)
+        tensors[name], span = _tensor(name, entry, start)
         spans.append(span)
-    _check_spans(sorted(spans), data_bytes)
+    _check_spans(sorted(spans), None if size is None else size - start)
     return Header(tensors, metadata)
+
+
+def read_number(file: BinaryIO, tensor: TensorInfo) -> float | None:
+    """Return the number that a tensor of one item holds; none for a dtype that Python does not have."""
+    file.seek(tensor.begin)
+    data = file.read(_ITEM_BYTES[tensor.dtype])
+    if tensor.dtype == "BF16":
+        data, form = b"\0\0" + data, "<f"  # The upper half of a float32.
+    else:
+        form = {"F64": "<d", "F32": "<f", "F16": "<e"}.get(tensor.dtype, "")
+    return struct.unpack(form, data)[0] if form else None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -125,22 +144,24 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _tensor(name: str, entry: object) -> tuple[TensorInfo, tuple[int, int]]:
+def _tensor(name: str, entry: object, start: int) -> tuple[TensorInfo, tuple[int, int]]:
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]}:
             sound = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
             if sound and dtype in _ITEM_BYTES and end - begin == math.prod(shape) * _ITEM_BYTES[dtype]:
-                return TensorInfo(dtype, tuple(shape)), (begin, end)
+                return TensorInfo(dtype, tuple(shape), start + begin), (begin, end)
     raise unsupported(f"has an invalid entry for tensor {shorten(name)}")
 
 
-def _check_spans(spans: list[tuple[int, int]], data_bytes: int) -> None:
-    """Check that the tensors fill the data section without gap or overlap."""
+def _check_spans(spans: list[tuple[int, int]], data_bytes: int | None) -> None:
+    """Check that the tensors fill the data section, if its size is known, without gap or overlap."""
     position = 0
     for begin, end in spans:
         if begin != position:
             raise unsupported("has tensors that overlap or leave gaps")
         position = end
+    if data_bytes is None:
+        return
     if position > data_bytes:
         raise unsupported("is truncated: it ends within its tensors")
     if position < data_bytes:

@@ -7,7 +7,8 @@ files have them too. Imports no torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from typing import TypeAlias
 
 _DOUBLE, _SINGLE = "transformer_blocks.{}.", "single_transformer_blocks.{}."
 
@@ -22,7 +23,9 @@ _EMBEDDERS = (
     ("guidance_in.out_layer", "guidance_embedder.linear_2"),
 )
 
-ORIGINAL_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
+_Names: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
+
+_FLUX: _Names = (
     (
         "double_blocks.{}.img_attn.qkv",
         (_DOUBLE + "attn.to_q", _DOUBLE + "attn.to_k", _DOUBLE + "attn.to_v"),
@@ -80,7 +83,9 @@ ORIGINAL_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("double_blocks.{}.txt_mlp.2", (_DOUBLE + "ff_context.linear_out",)),
     ("single_blocks.{}.linear1", (_SINGLE + "attn.to_qkv_mlp_proj",)),
     ("single_blocks.{}.linear2", (_SINGLE + "attn.to_out",)),
-    # Z-Image, then Lumina-Image 2.0
+)
+
+_Z_IMAGE_AND_LUMINA: _Names = (
     *(
         (f"{stage}.{{}}.{name}", tuple(f"{stage}.{{}}.{path}" for path in paths))
         for stage in ("layers", "noise_refiner", "context_refiner")
@@ -95,7 +100,9 @@ ORIGINAL_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
             ("adaLN_modulation.1", ("norm1.linear",)),
         )
     ),
-    # Wan
+)
+
+_WAN: _Names = (
     *(
         (f"blocks.{{}}.{original}.{name}", (f"blocks.{{}}.{ours}.{path}",))
         for original, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
@@ -118,14 +125,18 @@ ORIGINAL_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("img_emb.proj.1", ("condition_embedder.image_embedder.ff.net.0.proj",)),
     ("img_emb.proj.3", ("condition_embedder.image_embedder.ff.net.2",)),
     ("head.head", ("proj_out",)),
-    # Stable Diffusion, outside of its blocks
+)
+
+_STABLE_DIFFUSION: _Names = (
     ("input_blocks.0.0", ("conv_in",)),
     ("out.2", ("conv_out",)),
     ("time_embed.0", ("time_embedding.linear_1",)),
     ("time_embed.2", ("time_embedding.linear_2",)),
     ("label_emb.0.0", ("add_embedding.linear_1",)),
     ("label_emb.0.2", ("add_embedding.linear_2",)),
-    # Krea 2
+)
+
+_KREA_2: _Names = (
     ("first", ("img_in",)),
     ("last.linear", ("final_layer.linear",)),
     ("tmlp.0", ("time_embed.linear_1",)),
@@ -153,9 +164,15 @@ ORIGINAL_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
         )
     ),
 )
-"""Original name, a block's index left open, and the layers in diffusers whose outputs make up its own.
-
-What a model has not is passed over: an original name means the layers that are there.
+ORIGINAL_NAMES: Mapping[str, _Names] = {
+    "single_transformer_blocks.0": _FLUX,
+    "layers.0": _Z_IMAGE_AND_LUMINA,
+    "condition_embedder": _WAN,
+    "conv_in": _STABLE_DIFFUSION,
+    "text_fusion": _KREA_2,
+}
+"""By a part that models of a kind have: original name, a block's index left open, and the layers in diffusers
+whose outputs make up its own. What a model has not is passed over.
 """
 
 SWAPPED = frozenset({"final_layer.adaLN_modulation.1"})

@@ -23,7 +23,14 @@ from cluster.jobs import FailureCode, JobFailure
 from cluster.net import Fetched, Fetcher, fault_of
 from cluster.pace import FetchError, FetchFault, copy, too_large
 from cluster.urls import Url, parse_url
-from deployments.loras.header import read_header
+from deployments.loras.header import (
+    LENGTH_BYTES,
+    MAX_HEADER_BYTES,
+    Header,
+    header_bytes,
+    parse_header,
+    read_header,
+)
 from deployments.loras.links import BucketFile, HubFile, RemoteFile, WebFile, check, parse
 from deployments.loras.modules import judge
 from deployments.loras.references import LoraFile, LoraReferenceError, open_lora
@@ -88,25 +95,40 @@ class Loras:
         `tick` is called while bytes come and may raise; `token` is for the hub and wins over the server's.
         Raises `JobFailure` with the code of what is wrong, and `retry` where it may be right another time.
         """
-        try:
+        with _told():
             remote = parse(lora.path)
             lease = None if remote is None else self._obtain(remote, lora.sha256, tick, token)
             file = lease.lora if lease else open_lora(self._root, lora.path)
-        except LoraReferenceError as error:
-            raise JobFailure(FailureCode(error.code), str(error)) from error
-        except FetchError as error:
-            raise JobFailure(
-                _CODES[error.fault], f"The LoRA cannot be fetched. {error}", retry=error.retry
-            ) from error
-        except OSError as error:
-            message = f"The node's store of LoRAs fails: {error.strerror}."
-            raise JobFailure(FailureCode.LORA_STORE_ERROR, message, retry=True) from error
         try:
             _verify(file.sha256, lora.sha256)
             yield file
         finally:
             if lease:
                 lease.close()
+
+    def peek(self, remote: RemoteFile, token: str | None = None) -> Header:
+        """Return the header of a LoRA from elsewhere; its weights are not fetched. Raises as `open`."""
+        with _told():
+            check(remote, self._fetcher.hosts, self._buckets)
+            start, _ = self._read(remote, 0, LENGTH_BYTES, token)
+            if start.lstrip().startswith(b"<") and int.from_bytes(start, "little") > MAX_HEADER_BYTES:
+                raise JobFailure(FailureCode.LORA_URL_IS_HTML, _IS_HTML)
+            length = header_bytes(start)
+            text, size = self._read(remote, LENGTH_BYTES, LENGTH_BYTES + length, token)
+            return parse_header(text, length, size)
+
+    def _read(self, remote: RemoteFile, start: int, stop: int, token: str | None) -> tuple[bytes, int | None]:
+        """Return a part of a file, as `Fetcher.read` does."""
+        if isinstance(remote, BucketFile):
+            with _s3_faults():
+                span = f"bytes={start}-{stop - 1}"
+                answer = self._s3.get_object(Bucket=remote.bucket, Key=remote.key, Range=span)
+                with closing(answer["Body"]) as body:
+                    return body.read(stop - start), int(answer["ContentRange"].rpartition("/")[2])
+        if isinstance(remote, HubFile):
+            url = self._hub_url(remote, remote.revision)
+            return self._fetcher.read(url, start, stop, token=token or get_token())
+        return self._fetcher.read(remote.url, start, stop)
 
     def _obtain(self, remote: RemoteFile, expected: str | None, tick: Tick, token: str | None) -> Lease:
         check(remote, self._fetcher.hosts, self._buckets)
@@ -169,25 +191,54 @@ class Loras:
     ) -> Fetched | None:
         pace = self._fetcher.pace(tick)
         unless = {"IfNoneMatch": version} if version else {}
-        try:
-            answer = self._s3.get_object(Bucket=remote.bucket, Key=remote.key, **unless)
+        with _s3_faults():
+            try:
+                answer = self._s3.get_object(Bucket=remote.bucket, Key=remote.key, **unless)
+            except ClientError as error:
+                if _status_of(error) == 304:
+                    return None
+                raise
             with closing(answer["Body"]) as body:
                 if answer["ContentLength"] > self._max_bytes:
                     raise too_large(self._max_bytes)
                 sha256, size = copy(pace.over(body.iter_chunks(2**16)), into, self._max_bytes)
-        except ClientError as error:
-            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-            if status == 304:
-                return None
-            raise FetchError(fault_of(status), f"S3 answered {status}.") from error
-        except BotoCoreError as error:
-            raise FetchError(FetchFault.UNREACHABLE, "S3 cannot be reached.") from error
         return Fetched(sha256, size, answer["ETag"])
 
     @cached_property
     def _s3(self) -> Any:  # noqa: ANN401 - boto3 makes its clients' types when they are made
         limits = Config(connect_timeout=10, read_timeout=30, retries={"mode": "standard"})
         return boto3.Session().client("s3", config=limits)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Raise what goes wrong with a reference as the `JobFailure` that tells of it."""
+    try:
+        yield
+    except LoraReferenceError as error:
+        raise JobFailure(FailureCode(error.code), str(error)) from error
+    except FetchError as error:
+        raise JobFailure(
+            _CODES[error.fault], f"The LoRA cannot be fetched. {error}", retry=error.retry
+        ) from error
+    except OSError as error:
+        message = f"The node's store of LoRAs fails: {error.strerror}."
+        raise JobFailure(FailureCode.LORA_STORE_ERROR, message, retry=True) from error
+
+
+@contextmanager
+def _s3_faults() -> Iterator[None]:
+    try:
+        yield
+    except ClientError as error:
+        status = _status_of(error)
+        raise FetchError(fault_of(status), f"S3 answered {status}.") from error
+    except BotoCoreError as error:
+        raise FetchError(FetchFault.UNREACHABLE, "S3 cannot be reached.") from error
+
+
+def _status_of(error: ClientError) -> int:
+    return error.response["ResponseMetadata"]["HTTPStatusCode"]
 
 
 def _verify(sha256: str, expected: str | None) -> None:

@@ -93,12 +93,15 @@ def _aliases(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
             add(name, (path,))
     for original, path in unet_names(paths):
         add(original, (path,))
-    for original, formats in ORIGINAL_NAMES:
-        for block in count() if "{}" in original else (0,):
-            names = [path.format(block) for path in formats]
-            if not all(name in layers for name in names):
-                break
-            add(original.format(block), tuple(layer for name in names for layer in layers[name]))
+    for part, names in ORIGINAL_NAMES.items():
+        if not any(f"{path}.".startswith(f"{part}.") for path in paths):
+            continue
+        for original, formats in names:
+            for block in count() if "{}" in original else (0,):
+                ours = [path.format(block) for path in formats]
+                if not all(name in layers for name in ours):
+                    break
+                add(original.format(block), tuple(layer for name in ours for layer in layers[name]))
     return layers
 
 

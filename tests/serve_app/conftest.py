@@ -141,10 +141,8 @@ def serving(folder: Path, **changes: Any) -> Iterator[Service]:
     """Run a gateway on stores and a LoRA root below `folder`; they may be there from an earlier one."""
     loras = folder / "loras"
     loras.mkdir(exist_ok=True)
-    save_file(
-        {"a.lora_A.weight": np.ones((2, 4), np.float32), "a.lora_B.weight": np.ones((4, 2), np.float32)},
-        loras / "style.safetensors",
-    )
+    pair = {"a.lora_A.weight": np.ones((2, 4), np.float32), "a.lora_B.weight": np.ones((4, 2), np.float32)}
+    save_file(pair, loras / "style.safetensors")
     settings = GatewayArgs.model_validate(
         {
             "jobs": f"sqlite:///{folder}/jobs.db",

@@ -27,10 +27,8 @@ from tests.serve_app.conftest import base64_png, body, kontext_body, png
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("admission")
-    save_file(
-        {"a.lora_A.weight": np.ones((2, 4), np.float32), "a.lora_B.weight": np.ones((4, 2), np.float32)},
-        folder / "style.safetensors",
-    )
+    pair = {"a.lora_A.weight": np.ones((2, 4), np.float32), "a.lora_B.weight": np.ones((4, 2), np.float32)}
+    save_file(pair, folder / "style.safetensors")
     return folder
 
 

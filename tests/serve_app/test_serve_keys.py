@@ -23,10 +23,8 @@ def test_no_log_of_the_cluster_holds_a_key_or_token(tmp_path: Path) -> None:
     config = yaml.safe_load(edited_config(["flux"], port))
     config["applications"] = config["applications"][:1]  # No worker is needed.
     (tmp_path / "loras").mkdir()
-    save_file(
-        {"a.lora_A.weight": np.ones((2, 4), np.float32), "a.lora_B.weight": np.ones((4, 2), np.float32)},
-        tmp_path / "loras" / "style.safetensors",
-    )
+    pair = {"a.lora_A.weight": np.ones((2, 4), np.float32), "a.lora_B.weight": np.ones((4, 2), np.float32)}
+    save_file(pair, tmp_path / "loras" / "style.safetensors")
     ray_folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
     environment = {
         "RAY_TMPDIR": str(ray_folder),

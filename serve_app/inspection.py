@@ -1,0 +1,60 @@
+"""`POST /v1/loras/inspect` and `lora-serve inspect`: what a LoRA is, from its header."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from cluster.jobs import JobFailure
+from cluster.net import Fetcher
+from cluster.pace import Limits
+from cluster.urls import parse_hosts
+from deployments.loras.inspection import Inspection, inspect, inspect_file
+from deployments.loras.links import parse
+from deployments.loras.references import LoraReferenceError, resolve
+from deployments.loras.store import LoraStore
+from serve_app.admission import shown
+from serve_app.errors import Code, Refusal
+from serve_app.settings import Settings
+
+if TYPE_CHECKING:
+    from deployments.loras.sources import Loras
+
+_LIMITS = Limits(total_s=20.0, grace_s=10.0)
+"""A header is at most 10 MB, and somebody waits for it."""
+
+
+class Inspector:
+    """Inspects LoRAs as requests name them. Blocking; for any number of threads."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def inspect(self, reference: str, token: str | None = None) -> Inspection:
+        """Tell what the LoRA at `reference` is; of one from elsewhere only the header is fetched.
+
+        `token` is for the hub and wins over the server's own. Raises `Refusal`.
+        """
+        try:
+            remote = parse(reference)
+            if remote is None:
+                return inspect_file(resolve(self._settings.loras, reference))
+            return inspect(self._loras.peek(remote, token))
+        except (LoraReferenceError, JobFailure) as error:
+            raise Refusal(Code[error.code], lora_path=shown(reference), reason=str(error)) from error
+        except OSError as error:
+            reason = "The file cannot be read."
+            raise Refusal(Code.LORA_NOT_FOUND, lora_path=shown(reference), reason=reason) from error
+
+    @cached_property
+    def _loras(self) -> Loras:
+        from deployments.loras.sources import Loras  # It needs boto3.
+
+        settings = self._settings
+        return Loras(
+            settings.loras,
+            LoraStore(settings.lora_cache, settings.lora_cache_bytes),
+            Fetcher(parse_hosts(settings.fetch_hosts), _LIMITS),
+            max_bytes=settings.max_lora_bytes,
+            buckets=settings.fetch_buckets,
+        )
