@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -76,18 +77,17 @@ def admit(
 
 def _check_loras(request: InferenceRequest, model: ModelSpec, settings: Settings) -> list[str]:
     """Return the reference of each LoRA in its one form."""
-    experts = [lora.transformer for lora in request.loras]
-    if not experts:
+    if not request.loras:
         raise _lora_refusal(Code.LORA_FILE_REQUIRED, request)
-    if model.experts:
-        if None in experts:
-            raise _lora_refusal(Code.MOE_FORMAT_REQUIRED, request)
-        if len(set(experts)) < len(experts):
-            raise _lora_refusal(Code.SINGLE_MOE_CONFIG_ONLY, request)
-    elif any(experts):
+    experts = Counter(lora.transformer for lora in request.loras)
+    if model.experts and None in experts:
+        raise _lora_refusal(Code.MOE_FORMAT_REQUIRED, request)
+    if not model.experts and set(experts) != {None}:
         raise _lora_refusal(Code.MOE_FORMAT_NOT_SUPPORTED, request)
-    elif len(experts) > (most := settings.max_loras.get(model.id, 1)):
-        raise _lora_refusal(Code.SINGLE_LORA_ONLY if most == 1 else Code.TOO_MANY_LORAS, request)
+    most = settings.max_loras.get(model.id, 1)
+    if max(experts.values()) > most:
+        single = Code.SINGLE_MOE_CONFIG_ONLY if model.experts else Code.SINGLE_LORA_ONLY
+        raise _lora_refusal(single if most == 1 else Code.TOO_MANY_LORAS, request)
     return _check_lora_files(request, model, settings)
 
 

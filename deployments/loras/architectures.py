@@ -79,6 +79,10 @@ def _transformer(name: str, **config: Any) -> Model:  # noqa: ANN401 - any JSON
     return Model(f"diffusers.{name}Transformer2DModel", config)
 
 
+def _wan(**config: int) -> Model:
+    return Model("diffusers.WanTransformer3DModel", config)
+
+
 ARCHITECTURES: Mapping[tuple[str, ...], Mapping[str, Model]] = {
     ("flux", "flux_kontext"): {
         "transformer": _transformer("Flux", guidance_embeds=True),
@@ -133,7 +137,7 @@ ARCHITECTURES: Mapping[tuple[str, ...], Mapping[str, Model]] = {
         "qwen_image_edit_plus_2511",
     ): {"transformer": _transformer("QwenImage")},
     ("lumina2",): {"transformer": _transformer("Lumina2", cap_feat_dim=2304)},
-    ("krea2", "krea2_turbo"): {"transformer": _transformer("Krea2")},
+    ("krea2", "krea2_turbo", "krea2_o_edit", "krea2_o_edit_turbo"): {"transformer": _transformer("Krea2")},
     ("hidream", "hidream_e1"): {
         "transformer": _transformer(
             "HiDreamImage",
@@ -159,8 +163,22 @@ ARCHITECTURES: Mapping[tuple[str, ...], Mapping[str, Model]] = {
             },
         )
     },
+    ("omnigen2",): {
+        "transformer": Model("deployments.pipelines.omnigen2_transformer.OmniGen2Transformer2DModel", {})
+    },
+    ("wan21_1b",): {"transformer": _wan(num_attention_heads=12, num_layers=30, ffn_dim=8960)},
+    ("wan21_14b", "wan22_14b_t2v"): {"transformer": _wan()},
+    ("wan21_i2v_14b", "wan21_i2v_14b480p"): {
+        "transformer": _wan(in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
+    },
+    ("wan22_14b_i2v",): {"transformer": _wan(in_channels=36)},
+    ("wan22_5b",): {
+        "transformer": _wan(
+            num_attention_heads=24, num_layers=30, ffn_dim=14336, in_channels=48, out_channels=48
+        )
+    },
 }
-"""The parts that LoRA files change, for the model ids that share them."""
+"""The parts that LoRA files change, for the model ids that share them; of two transformers alike, one."""
 
 
 def shapes_of(model: Model) -> dict[str, Shape]:

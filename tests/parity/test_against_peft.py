@@ -118,6 +118,8 @@ def test_lokr_with_whole_and_with_split_factors(both: Any, tmp_path: Path) -> No
         ("lumina2", "transformer.layers.0.attn.to_q", "layers.0.attn.to_q"),
         ("omnigen2", "diffusion_model.layers.0.norm1.linear", "layers.0.norm1.linear"),
         ("krea2", "diffusion_model.blocks.0.mlp.gate", "transformer_blocks.0.ff.gate"),
+        ("wan21_1b", "diffusion_model.blocks.0.ffn.0", "blocks.0.ffn.net.0.proj"),
+        ("wan21_i2v_14b", "diffusion_model.blocks.1.cross_attn.k_img", "blocks.1.attn2.add_k_proj"),
         (
             "krea2",
             "diffusion_model.txtfusion.refiner_blocks.0.attn.wo",

@@ -246,6 +246,7 @@ def test_models_lists_the_catalogue(service: Service) -> None:
         "gated": True,
         "licence": "FLUX.1 [dev] Non-Commercial",
         "output_formats": ["jpeg", "png", "webp"],
+        "max_loras": 1,
         "preview_differs": "`ctrl_img` wins over the numbered control images;"
         " it is resized twice for sizes that are no multiples of 16.",
     }
@@ -260,6 +261,7 @@ def test_the_description_is_valid_and_complete(service: Service) -> None:
     description = service.client.get("/openapi.json").json()
     assert set(description["paths"]) == {
         "/v1/inference",
+        "/v1/loras/inspect",
         "/v1/requests/{request_id}/status",
         "/v1/requests/{request_id}/result",
         "/v1/requests/{request_id}",
