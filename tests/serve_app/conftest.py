@@ -59,7 +59,8 @@ def kontext_body(**prompt: Any) -> dict[str, Any]:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for `admitted`: the LoRA root."""
     folder = tmp_path_factory.mktemp("admission")
-    save_file({"a.lora_A.weight": np.ones((2, 4), np.float32)}, folder / "style.safetensors")
+    pair = {"a.lora_A.weight": np.ones((2, 4), np.float32), "a.lora_B.weight": np.ones((4, 2), np.float32)}
+    save_file(pair, folder / "style.safetensors")
     return folder
 
 

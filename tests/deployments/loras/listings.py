@@ -178,6 +178,9 @@ def lumina2(fused: bool) -> Modules:
     return expand(modules)
 
 
+KREA2 = ("krea2", "krea2_turbo", "krea2_o_edit", "krea2_o_edit_turbo")
+
+
 def krea2() -> Modules:
     modules: Modules = {}
     for stage, h, kv, mlp in (
@@ -366,9 +369,11 @@ LISTINGS: Mapping[str, Listing] = {
     "lumina2, trainer": Listing(P, "lora_A", expand(lumina2(fused=False), "transformer."), ("lumina2",)),
     "lumina2, ComfyUI": Listing(P, "lora_A", expand(lumina2(fused=True), "diffusion_model."), ("lumina2",)),
     "lumina2, trainer, LoKr": Listing(L, "lokr", expand(lumina2(fused=False), "transformer."), ("lumina2",)),
-    "krea2, trainer": Listing(P, "lora_A", expand(krea2(), "diffusion_model."), ("krea2", "krea2_turbo")),
-    "krea2, trainer, LoKr": Listing(L, "lokr", expand(krea2(), "diffusion_model."), ("krea2", "krea2_turbo")),
-    "hidream, trainer": Listing(P, "lora_A", expand(hidream(), "diffusion_model."), ("hidream",)),
+    "krea2, trainer": Listing(P, "lora_A", expand(krea2(), "diffusion_model."), KREA2),
+    "krea2, trainer, LoKr": Listing(L, "lokr", expand(krea2(), "diffusion_model."), KREA2),
+    "hidream, trainer": Listing(
+        P, "lora_A", expand(hidream(), "diffusion_model."), ("hidream", "hidream_e1")
+    ),
     "sd15, trainer": Listing(
         K,
         "lora_down, alpha",

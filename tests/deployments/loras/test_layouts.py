@@ -20,5 +20,5 @@ def test_every_id_has_a_layout() -> None:
 
 
 def test_what_is_folded_unfolds() -> None:
-    models = ARCHITECTURES["hidream",]
+    models = ARCHITECTURES["hidream", "hidream_e1"]
     assert layouts()["hidream"] == {name: shapes_of(model) for name, model in models.items()}
