@@ -161,7 +161,7 @@ def _check_bounds(
         # The parts first: the trigger word multiplies.
         if any(len(text or "") > longest for text in texts) or len(_text(request, prompt)) > longest:
             raise Refusal(Code.PROMPT_TOO_LONG, prompt_index=index, most=longest)
-        if prompt.resolution == "High":
+        if prompt.resolution == "High" and model.high is None:
             raise Refusal(Code.RESOLUTION_NOT_SUPPORTED, model=model.id, prompt_index=index)
         if 0 < model.control_images.most < len(choice.images):
             raise Refusal(
@@ -243,6 +243,7 @@ def _resolve_prompt(request: InferenceRequest, index: int, model: ModelSpec) -> 
         num_frames=(prompt.num_frames or model.video.frames) if model.video else None,
         fps=(prompt.fps or model.video.fps) if model.video else None,
         options={name: _option(request, name, default) for name, default in model.options.items()},
+        resolution=prompt.resolution or "Default",
         sampling=request.sampling or "reference",
         multiplier=flags.network_multiplier,
         guidance_rescale=flags.guidance_rescale,

@@ -11,6 +11,7 @@ from deployments.catalog import (
     flux2,
     hidream,
     krea2,
+    ltx2,
     lumina2,
     omnigen2,
     qwen_image,
@@ -22,7 +23,7 @@ from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Part,
 
 __all__ = ["CATALOG", "Checkpoint", "ControlImages", "ModelSpec", "Part", "Preview", "Video"]
 
-_FAMILIES = (flux, chroma, flux2, sd, zimage, qwen_image, lumina2, krea2, hidream, omnigen2, wan)
+_FAMILIES = (flux, chroma, flux2, sd, zimage, qwen_image, lumina2, krea2, hidream, omnigen2, wan, ltx2)
 
 CATALOG: Mapping[str, ModelSpec] = MappingProxyType(
     {row.id: row for family in _FAMILIES for row in family.ROWS}

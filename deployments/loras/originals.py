@@ -164,12 +164,40 @@ _KREA_2: _Names = (
         )
     ),
 )
+
+_LTX_2: _Names = (
+    ("patchify_proj", ("proj_in",)),
+    ("audio_patchify_proj", ("audio_proj_in",)),
+    *(
+        (f"{original}.{path}", (f"{ours}.{path}",))
+        for original, ours in (
+            ("adaln_single", "time_embed"),
+            ("audio_adaln_single", "audio_time_embed"),
+            ("prompt_adaln_single", "prompt_adaln"),
+            ("audio_prompt_adaln_single", "audio_prompt_adaln"),
+            ("av_ca_video_scale_shift_adaln_single", "av_cross_attn_video_scale_shift"),
+            ("av_ca_audio_scale_shift_adaln_single", "av_cross_attn_audio_scale_shift"),
+            ("av_ca_a2v_gate_adaln_single", "av_cross_attn_video_a2v_gate"),
+            ("av_ca_v2a_gate_adaln_single", "av_cross_attn_audio_v2a_gate"),
+        )
+        for path in ("linear", "emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2")
+    ),
+)
+
+_LTX_2_CONNECTORS: _Names = (
+    ("aggregate_embed", ("text_proj_in",)),
+    ("video_aggregate_embed", ("video_text_proj_in",)),
+    ("audio_aggregate_embed", ("audio_text_proj_in",)),
+)
+
 ORIGINAL_NAMES: Mapping[str, _Names] = {
     "single_transformer_blocks.0": _FLUX,
     "layers.0": _Z_IMAGE_AND_LUMINA,
     "condition_embedder": _WAN,
     "conv_in": _STABLE_DIFFUSION,
     "text_fusion": _KREA_2,
+    "av_cross_attn_video_scale_shift": _LTX_2,
+    "video_connector": _LTX_2_CONNECTORS,
 }
 """By a part that models of a kind have: original name, a block's index left open, and the layers in diffusers
 whose outputs make up its own. What a model has not is passed over.

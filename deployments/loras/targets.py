@@ -31,7 +31,8 @@ _PREFIXES: tuple[tuple[re.Pattern[str], str], ...] = (
         ),
         _DENOISER,
     ),
-    (re.compile(r"^(text_encoder(?:_\d)?|transformer|unet)\."), r"\1"),
+    (re.compile(r"^text_embedding_projection\."), "connectors"),
+    (re.compile(r"^(text_encoder(?:_\d)?|transformer|connectors|unet)\."), r"\1"),
 )
 """Prefix of a module's name in files, and the pipeline's component it means (no prefix: the denoiser)."""
 

@@ -55,6 +55,8 @@ def _defaults(spec: ModelSpec) -> str:
         "control images": _controls(spec),
         "`output_format`": ", ".join(f"`{name}`" for name in spec.formats),
     }
+    if spec.high:
+        rows["`resolution`"] = "`Default`, or `High` for twice the size (not of previews)"
     if spec.video:
         rows["`num_frames`, `fps`"] = f"{spec.video.frames}, {spec.video.fps}"
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
@@ -97,7 +99,8 @@ def _controls(spec: ModelSpec) -> str:
 
 
 def _checkpoints(spec: ModelSpec) -> list[Checkpoint]:
-    return [spec.checkpoint, *(part.checkpoint for part in spec.parts.values())]
+    high = [spec.high.upsampler.checkpoint, spec.high.lora] if spec.high else []
+    return [spec.checkpoint, *(part.checkpoint for part in spec.parts.values()), *high]
 
 
 def _repositories(spec: ModelSpec) -> str:

@@ -42,8 +42,8 @@ def test_defaults_are_those_of_the_row(place: Path, row: ModelSpec) -> None:
         options=dict(row.options),
     )
     lora = LoraSpec(path="style.safetensors", multiplier=1.0, **expert)
-    format_ = "webp" if row.video else "jpeg"
-    assert spec == RenderSpec(model=row.id, loras=(lora,), prompts=(expected,), output_format=format_)
+    expected_spec = RenderSpec(model=row.id, loras=(lora,), prompts=(expected,), output_format=row.formats[0])
+    assert spec == expected_spec
 
 
 def test_null_means_default_everywhere(place: Path) -> None:
@@ -62,6 +62,15 @@ def test_options_are_those_of_the_request_where_the_model_has_them(place: Path) 
     assert options("krea2_o_edit", match_target_res=False) == {"kv_cache": True, "match_target_res": False}
     assert options("krea2_o_edit", kv_cache=None) == {"kv_cache": True, "match_target_res": True}
     assert options("flux", kv_cache=True) == {}
+
+
+def test_high_resolution_is_of_one_model_and_not_of_its_previews(place: Path) -> None:
+    high = {"resolution": "High"}
+    assert admitted(place, body(model="ltx2.3", prompt=high)).prompts[0].resolution == "High"
+    for fields in ({"model": "ltx2"}, {"model": "ltx2.3", "sampling": "preview"}):
+        with pytest.raises(Refusal) as refusal:
+            admitted(place, body(prompt=high, **fields))
+        assert refusal.value.code == "RESOLUTION_NOT_SUPPORTED"
 
 
 def test_own_values_are_kept(place: Path) -> None:
