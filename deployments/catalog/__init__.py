@@ -13,6 +13,7 @@ from deployments.catalog import (
     krea2,
     ltx2,
     lumina2,
+    minimax,
     omnigen2,
     qwen_image,
     sd,
@@ -23,7 +24,21 @@ from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Part,
 
 __all__ = ["CATALOG", "Checkpoint", "ControlImages", "ModelSpec", "Part", "Preview", "Video"]
 
-_FAMILIES = (flux, chroma, flux2, sd, zimage, qwen_image, lumina2, krea2, hidream, omnigen2, wan, ltx2)
+_FAMILIES = (
+    flux,
+    chroma,
+    flux2,
+    sd,
+    zimage,
+    qwen_image,
+    lumina2,
+    krea2,
+    hidream,
+    omnigen2,
+    wan,
+    ltx2,
+    minimax,
+)
 
 CATALOG: Mapping[str, ModelSpec] = MappingProxyType(
     {row.id: row for family in _FAMILIES for row in family.ROWS}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from deployments.catalog.choices import Choose, numbered_else_main
 from deployments.render import ImageFormat, OutputFormat, Sampling
@@ -59,8 +59,9 @@ class Video:
     """What a model that makes videos makes by default, and the numbers of frames that it can make.
 
     They are `least` and each `step` more; a request for another number gets the next lower one, but with
-    `multiples_go_up` one for a multiple of `step` gets `least` frames more. `sound_rate` is in samples a
-    second where it makes sound too. `formats` begin with the default.
+    `multiples_go_up` one for a multiple of `step` gets `least` frames more. Requests for less than `fewest`
+    are refused; `other_fps` says what becomes of one for a rate that is not `fps`. `sound_rate` is in samples
+    a second where it makes sound too. `formats` begin with the default.
     """
 
     frames: int = 41
@@ -68,6 +69,8 @@ class Video:
     least: int = 1
     step: int = 4
     multiples_go_up: bool = False
+    fewest: int = 1
+    other_fps: Literal["taken", "refused", "ignored"] = "taken"
     sound_rate: int | None = None
     formats: tuple[OutputFormat, ...] = ("webp", "mp4")
 

@@ -206,7 +206,11 @@ def _misfit(stem: str, module: Module, shapes: Sequence[Shape]) -> str:
 def _warning(targets: Mapping[str, Target]) -> str | None:
     """Say how many modules of the file match no layer, by component, with a few of their names."""
     total = Counter(target.component for target in targets.values())
-    unmatched = {stem: target.component for stem, target in targets.items() if not target.layers}
+    unmatched = {
+        stem: target.component
+        for stem, target in targets.items()
+        if not target.layers and not target.without_effect
+    }
     if not unmatched:
         return None
     counts = [f"{count} of {total[name]} of {name}" for name, count in Counter(unmatched.values()).items()]

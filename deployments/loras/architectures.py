@@ -207,6 +207,7 @@ ARCHITECTURES: Mapping[tuple[str, ...], Mapping[str, Model]] = {
             proj_bias=True,
         ),
     },
+    ("minimax_h3",): {"transformer": Model("diffusers.MiniMaxH3Transformer3DModel", {})},
 }
 """The parts that LoRA files change, for the model ids that share them; of two transformers alike, one."""
 

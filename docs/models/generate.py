@@ -58,7 +58,8 @@ def _defaults(spec: ModelSpec) -> str:
     if spec.high:
         rows["`resolution`"] = "`Default`, or `High` for twice the size (not of previews)"
     if spec.video:
-        rows["`num_frames`, `fps`"] = f"{spec.video.frames}, {spec.video.fps}"
+        only = "" if spec.video.other_fps == "taken" else " only"
+        rows["`num_frames`, `fps`"] = f"{spec.video.frames}, {spec.video.fps}{only}"
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join(["| field | value |", "|---|---|", *lines])
 

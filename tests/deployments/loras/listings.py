@@ -305,6 +305,28 @@ LTX_2_AROUND: Modules = {
 }
 """Of LTX-2.3, by the original names."""
 
+
+def minimax_h3(adaln_inputs: int) -> Modules:
+    """As the trainer writes it; of the pruned base, whose AdaLN has 8 inputs, or of the whole one."""
+    block: Modules = {
+        "attn.qkv_proj": (3 * 7168, 5376),
+        "attn.out_proj": (5376, 7168),
+        "mlp.fc1": (2 * 14336, 5376),
+        "mlp.fc2": (5376, 14336),
+    }
+    refiner = {f"token_refiner.blocks.{{2}}.{name}": shape for name, shape in block.items()}
+    block["adaln_proj.linear"] = (18 * 5376, adaln_inputs)
+    return expand({f"blocks.{{50}}.{name}": shape for name, shape in block.items()} | refiner)
+
+
+H3_AROUND: Modules = {
+    "video_patch_proj": (5376, 96),
+    "condition_proj": (5376, 5120),
+    "time_embedder.proj_out": (2688, 5376),
+    "final_layer.audio_out": (32, 5376),
+    "final_layer.adaln_proj.linear": (2 * 5376, 2688),
+}
+
 FLUX = ("flux", "flux_kontext")
 FLEX = (*FLUX, "flex1", "flex2")
 ZIMAGE = ("zimage", "zimage_turbo", "zimage_deturbo")
@@ -409,6 +431,10 @@ LISTINGS: Mapping[str, Listing] = {
     "ltx2.3, original names": Listing(
         P, "lora_A", expand(ltx2(gated=True) | LTX_2_AROUND, "diffusion_model."), ("ltx2.3",)
     ),
+    "h3, trainer": Listing(P, "lora_A", expand(minimax_h3(8), "diffusion_model."), ("minimax_h3",)),
+    "h3, musubi-tuner": Listing(
+        K, "lora_down, alpha", flat(minimax_h3(2688) | H3_AROUND, "lora_unet_"), ("minimax_h3",)
+    ),
     "sd15, trainer": Listing(
         K,
         "lora_down, alpha",
@@ -436,6 +462,7 @@ COUNTS = {
     "qwen, trainer": 840,
     "krea2, trainer": 256,
     "hidream, trainer": 496,
+    "h3, trainer": 258,
     "sd15, peft": 192,
     "sdxl, trainer": 722,
 }
