@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -21,7 +22,7 @@ import transformers
 from PIL import Image
 
 from cluster.jobs import FailureCode, JobFailure
-from deployments.catalog import ModelSpec, Part
+from deployments.catalog import HighResolution, ModelSpec, Part
 from deployments.checkpoints import Checkpoints, Located
 from deployments.classes import make_scheduler, named, pipeline_class, with_parts_of
 from deployments.loras.adapters import Adapters
@@ -64,7 +65,6 @@ class Engine:
         self._image_pipeline: Any = None
         self._located: Located | None = None
         self._parts: dict[str, str] = {}
-        self._in_use: Sequence[tuple[LoraFile, float]] = ()
         self._upsampler: Any = None
         self._adapters: Adapters | None = None
 
@@ -101,9 +101,7 @@ class Engine:
         Raises `JobFailure`: LORA_FORMAT_NOT_SUPPORTED, LORA_NO_MATCH, or LORA_NOT_FOUND for a file that went
         away. What was active stays so then.
         """
-        warnings = self._loaded_adapters.activate(loras)
-        self._in_use = loras
-        return warnings
+        return self._loaded_adapters.activate(loras)
 
     def render(self, prompt: PromptSpec, controls: Sequence[Image.Image], observer: Observer) -> Media:
         """Render one prompt with the active adapters. Models without control images ignore `controls`.
@@ -115,8 +113,8 @@ class Engine:
         with torch.inference_mode(), progress.of_pieces(pipeline.components.get("vae")):
             arguments = self._arguments(prompt, controls)
             with self._sampled(pipeline, prompt.sampling, arguments):
-                if prompt.resolution == "High":
-                    output = self._render_high(pipeline, arguments, progress)
+                if prompt.resolution == "High" and self.spec.high:
+                    output = self._render_high(pipeline, self.spec.high, arguments, progress)
                 else:
                     output = pipeline(**arguments, callback_on_step_end=progress.after_step, output_type="np")
         if self.spec.video is None:
@@ -156,24 +154,18 @@ class Engine:
             "offload": self._offload,
         }
 
-    def _render_high(self, pipeline: Any, arguments: dict[str, Any], progress: Progress) -> Any:  # noqa: ANN401
-        high = self.spec.high
-        if high is None:
-            raise ValueError(f"{self.spec.id} has no high resolution")
+    def _render_high(
+        self,
+        pipeline: Any,  # noqa: ANN401 - any diffusers pipeline
+        high: HighResolution,
+        arguments: dict[str, Any],
+        progress: Progress,
+    ) -> Any:  # noqa: ANN401 - any pipeline's output
         if self._upsampler is None:
             self._upsampler = self._load_part("upsampler", high.upsampler).to(self._device)
         path = self._checkpoints.locate_lora(high.lora)
-        refining = (LoraFile(path, digest(path), path.stat().st_size), high.multiplier)
-
-        @contextmanager
-        def refined() -> Iterator[None]:
-            in_use = self._in_use
-            self._loaded_adapters.activate([*in_use, refining])
-            try:
-                yield
-            finally:
-                self._loaded_adapters.activate(in_use)
-
+        lora = LoraFile(path, digest(path), path.stat().st_size)
+        refined = partial(self._loaded_adapters.joined_by, lora, high.multiplier)
         render = self._family_function(high.render)
         return render(pipeline, self._pipeline, arguments, self._upsampler, refined, progress)
 

@@ -20,9 +20,26 @@ from deployments.catalog import (
     wan,
     zimage,
 )
-from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Part, Preview, Video
+from deployments.catalog.spec import (
+    Checkpoint,
+    ControlImages,
+    HighResolution,
+    ModelSpec,
+    Part,
+    Preview,
+    Video,
+)
 
-__all__ = ["CATALOG", "Checkpoint", "ControlImages", "ModelSpec", "Part", "Preview", "Video"]
+__all__ = [
+    "CATALOG",
+    "Checkpoint",
+    "ControlImages",
+    "HighResolution",
+    "ModelSpec",
+    "Part",
+    "Preview",
+    "Video",
+]
 
 _FAMILIES = (
     flux,

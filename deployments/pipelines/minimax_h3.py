@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.autoencoder_kl_minimax_h3 import AutoencoderKLMiniMaxH3
 from diffusers.models.autoencoders.autoencoder_kl_minimax_h3_audio import AutoencoderKLMiniMaxH3Audio
 from diffusers.models.transformers.transformer_minimax_h3 import MiniMaxH3Transformer3DModel
@@ -29,10 +28,11 @@ from diffusers.modular_pipelines.minimax_h3.modular_pipeline import (
     MINIMAX_H3_VIDEO_TAG,
     audio_latent_num_frames,
 )
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_minimax_h3 import MiniMaxH3Scheduler
 from PIL import Image
 from torch import Tensor
-from transformers import Qwen2TokenizerFast, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from deployments.render import PromptSpec
@@ -103,7 +103,7 @@ class MiniMaxH3Pipeline(DiffusionPipeline):
     def __init__(
         self,
         text_encoder: Qwen3VLForConditionalGeneration,
-        tokenizer: Qwen2TokenizerFast,
+        tokenizer: Any,  # noqa: ANN401 - the library's tokenizers share no typed base
         image_processor: Qwen2VLImageProcessorPil,
         transformer: MiniMaxH3Transformer3DModel,
         vae: AutoencoderKLMiniMaxH3,
