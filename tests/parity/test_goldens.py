@@ -1,33 +1,50 @@
-"""Every golden case through the numeric path that workers and `lora-serve render` share."""
+"""Every golden case through `lora-serve render`, the command that users hunt a mismatch with."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from cluster.objects import DirectoryStore
-from deployments.rendering import Report, render_job
-from serve_app.admission import admit
-from serve_app.render import open_sources
-from serve_app.schemas import InferenceRequest
-from serve_app.settings import Settings
-from tests.parity.cases import Case, load_cases, load_previews
-from tests.studio import Studio, Unwatched
+from deployments.catalog import CATALOG
+from serve_app.cli import app
+from tests.parity.cases import FOLDER, Case, load_cases, load_previews
+
+CASES = load_cases() + load_previews()
 
 
-@pytest.mark.parametrize("case", load_cases() + load_previews(), ids=str)
-def test_golden(case: Case, studio: Callable[[str], Studio], tmp_path: Path) -> None:
-    store = DirectoryStore(tmp_path)
-    settings = Settings(loras=case.loras)
-    spec = admit(InferenceRequest.model_validate(case.request), settings, store)
-    engine, report = studio(spec.model).engine, Report()
-    loras, controls = open_sources(settings, store)
-    job = render_job(engine, spec, loras=loras, controls=controls, observer=Unwatched(), report=report)
-    rendered = list(job)
-    case.check([item.media.pixels for item in rendered])
-    told = [item.manifest["parameters"] for item in rendered]
+@pytest.fixture(scope="module")
+def rendered(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Run the command in this process, once for all cases of an id; return the folder of the results."""
+
+    @cache
+    def render(model: str) -> Path:
+        folder = tmp_path_factory.mktemp(model)
+        files = [folder / f"{case.name}.json" for case in CASES if case.model == model]
+        for case, file in zip((case for case in CASES if case.model == model), files, strict=True):
+            file.write_text(json.dumps(case.request))
+        places = ["--checkpoints", checkpoints, "--loras", FOLDER / model / "lora", "--out", folder / "out"]
+        arguments = ["render", *files, *places, "--device", "cpu", "--format", "npy"]
+        done = CliRunner().invoke(app, list(map(str, arguments)))
+        assert done.exit_code == 0, done.output
+        return folder / "out"
+
+    return render
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_golden(case: Case, rendered: Callable[[str], Path]) -> None:
+    folder = rendered(case.model) / case.name
+    case.check(np.load(folder / f"{index}.npy") for index in range(len(case.files)))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    sampling = case.request.get("sampling", "reference")
+    told = [output["parameters"] for output in manifest["outputs"]]
     assert tuple(parameters["seed"] for parameters in told) == case.seeds
-    assert {parameters["sampling"] for parameters in told} == {case.request.get("sampling", "reference")}
-    assert report.warnings == []
+    assert {parameters["sampling"] for parameters in told} == {sampling}
+    assert manifest["model"] == CATALOG[case.model].sampled(sampling).id
+    assert "error" not in manifest

@@ -1,4 +1,4 @@
-"""The golden cases through the whole service: `serve run serve_config.yaml`, HTTP, PNG and WEBP."""
+"""A golden case of every id through the whole service: `serve run serve_config.yaml`, HTTP, PNG and WEBP."""
 
 from __future__ import annotations
 
@@ -86,12 +86,13 @@ def check_video(client: httpx.Client, video: dict[str, Any], golden: np.ndarray,
     assert np.abs(pixels(fetched(client, video)).astype(int) - expected).mean() < 1
 
 
-def test_every_case_through_the_committed_config(tmp_path: Path, checkpoints: Path) -> None:
+def test_every_id_through_the_committed_config(tmp_path: Path, checkpoints: Path) -> None:
     """All models share two cores: replicas come from zero, and idle ones make room for those that wait."""
     port = free_port()
+    cases = {case.model: case for case in reversed(load_cases())}
     previews = [case for case in load_previews() if case.model in ("sd15", "flux2_diffusers")]
     with serve_run(committed_config(port), port, tmp_path, environment(tmp_path, checkpoints)) as client:
-        jobs = [(case, post(client, case)) for case in [*load_cases(), *previews]]
+        jobs = [(case, post(client, case)) for case in [*cases.values(), *previews]]
         for case, job_id in jobs:
             check(client, case, job_id)
 
