@@ -19,7 +19,7 @@ from deployments.media import Media, save
 from tests.parity.cases import MODELS, Case, load_cases, load_previews
 from tests.service import finished, free_port, serve_run, submit
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("services")]
 
 ROOT = Path(__file__).parents[2]
 
