@@ -93,7 +93,8 @@ class LowRank:
         if isinstance(layer, torch.nn.Conv2d):
             inner = functional.conv2d(x, self.down, None, layer.stride, layer.padding, layer.dilation)
             return functional.conv2d(inner, self.up)
-        if self.in_file_dtype:
+        # In a dtype no wider than the file's, the product has that precision anyhow.
+        if self.in_file_dtype and self.file_dtype.itemsize < x.dtype.itemsize:
             product = self.up.to(self.file_dtype) @ self.down.to(self.file_dtype)
             return functional.linear(x, product.to(x.dtype))
         return functional.linear(functional.linear(x, self.down), self.up)

@@ -10,9 +10,9 @@ from deployments.memory import fastest_offload, needed_gib
 def test_every_model_says_what_it_needs(model: str) -> None:
     spec = CATALOG[model]
     assert spec.memory_gib
-    none, model, group, sequential = needed_gib(spec).values()
-    assert none >= model > 0
-    assert group == sequential > 0
+    needed = needed_gib(spec)
+    assert needed["none"] >= needed["model"] > 0
+    assert needed["group"] == needed["sequential"] > 0
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from tests.faults.service import MODELS, Service, body, kill_all, long_body, ser
 from tests.service import descendants, replica_pids, wait_until
 from tests.web import Site, serving_site
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("services")]
 
 LEASE_S = 12.0
 """Long enough to tell an absence that a run survives from one that it does not."""
@@ -172,7 +172,11 @@ def test_a_worker_s_clock_may_jump(service: Service) -> None:
 def test_a_job_gets_its_turn_beside_steady_traffic_of_another_model(service: Service) -> None:
     busy, other = MODELS
     place = {"num_cpus": 0.6 * get_num_cpus()}  # As if there were one GPU: a second worker has no room.
+    before = {pid for model in MODELS for pid in replica_pids(model)}
     service.redeploy(ray_actor_options=place)
+    wait_until(
+        lambda: not before & {*replica_pids(busy), *replica_pids(other)}, 60, "the end of the old version"
+    )
     stop = threading.Event()
 
     def keep_busy() -> None:
