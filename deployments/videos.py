@@ -53,7 +53,7 @@ def _write_mp4(
 ) -> None:
     _, height, width, _ = frames.shape
     # No quality of its own; None is not in the type of the parameter.
-    options: Any = {"codec": "libx264", "quality": None, "macro_block_size": 1}
+    options: Any = {"codec": "libx264", "quality": None, "macro_block_size": 1, "ffmpeg_log_level": "error"}
     if audio:
         options |= {"audio_path": str(audio), "audio_codec": "aac"}
     writer = imageio_ffmpeg.write_frames(path, (width, height), fps=fps, **options)

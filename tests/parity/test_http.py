@@ -96,11 +96,19 @@ def check_video(client: httpx.Client, video: dict[str, Any], golden: Media) -> N
         else:
             frames, golden_frames = read_mp4(ours)[1], read_mp4(expected)[1]
         assert np.abs(frames.astype(int) - golden_frames).mean() < 1
-        sound, golden_sound = read_sound(ours), read_sound(expected)
-    if golden.sound:
-        assert sound is not None and golden_sound is not None
-        assert sound[1].rate == golden_sound[1].rate
-        assert np.abs(sound[1].samples - golden_sound[1].samples).mean() < 0.01
+        if golden.sound:
+            check_sound(read_sound(ours), read_sound(expected), golden.sound)
+
+
+def check_sound(ours: tuple[str, Sound] | None, encoded: tuple[str, Sound] | None, golden: Sound) -> None:
+    """Check that the codec has lost no more of ours than of the golden: much, as the tiny models make noise."""
+    assert ours is not None and encoded is not None
+    assert ours[1].rate == encoded[1].rate == golden.rate
+    length = golden.samples.shape[1]
+    lost, lost_of_golden = (
+        np.abs(sound.samples[:, :length] - golden.samples).mean() for _, sound in (ours, encoded)
+    )
+    assert lost < 1.1 * lost_of_golden
 
 
 def test_every_id_through_the_committed_config(tmp_path: Path, checkpoints: Path) -> None:
