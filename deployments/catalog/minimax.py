@@ -35,7 +35,7 @@ ROWS = (
         checkpoint=H3,
         assembled=True,
         parts={
-            "text_encoder": _part("transformers.Qwen3VLForConditionalGeneration", "text_encoder"),
+            "text_encoder": _part("deployments.pipelines.minimax_h3.TextEncoder", "text_encoder"),
             "tokenizer": _part("transformers.Qwen2TokenizerFast", "tokenizer"),
             # Resizes as torchvision, which the library's own asks for.
             "image_processor": _part("deployments.pipelines.qwen_image.ImageProcessor", "processor"),
@@ -54,7 +54,7 @@ ROWS = (
         steps=28,
         guidance=1.0,
         divisor=32,
-        memory_gib={"transformer": 61.7, "text_encoder": 61.5, "vae": 4.8, "audio_vae": 0.6},
+        memory_gib={"transformer": 61.7, "text_encoder": 49.7, "vae": 4.8, "audio_vae": 0.6},
         licence="minimax-community",
         preview=Preview(
             differs="The text encoder sees the control image at its own size, and the first 512 tokens of a"

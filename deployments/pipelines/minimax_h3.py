@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_minimax_h3 import MiniMaxH3Scheduler
 from PIL import Image
 from torch import Tensor
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from deployments.render import PromptSpec
@@ -67,6 +68,17 @@ def preview_arguments(
     """As `arguments`, but the text encoder sees the image as it is, and the start of a long prompt only."""
     seen = {"seen": controls[0]} if controls else {}
     return {**arguments(pipeline, prompt, controls), **seen, "most_tokens": _PREVIEW_TOKENS}
+
+
+class TextEncoder(Qwen3VLForConditionalGeneration):
+    """Qwen3-VL without the layers above the one that is read: they take 12 GiB."""
+
+    @classmethod
+    def from_pretrained(cls, directory: Path, **options: Any) -> Self:  # type: ignore[override]  # noqa: ANN401
+        """Load what is needed from a whole checkpoint, and a layer more: the last one's states are normed."""
+        config: Any = Qwen3VLConfig.from_pretrained(directory)
+        config.text_config.num_hidden_layers = min(_TEXT_LAYER + 1, config.text_config.num_hidden_layers)
+        return super().from_pretrained(directory, config=config, **options)
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,7 @@ def check_video(client: httpx.Client, video: dict[str, Any], golden: Media) -> N
 
 
 def check_sound(ours: tuple[str, Sound] | None, encoded: tuple[str, Sound] | None, golden: Sound) -> None:
-    """Check that the codec has lost no more of ours than of the golden: much, as the tiny models make noise."""
+    """Check that the codec has lost no more of ours than of the golden: much, for tiny models make noise."""
     assert ours is not None and encoded is not None
     assert ours[1].rate == encoded[1].rate == golden.rate
     length = golden.samples.shape[1]

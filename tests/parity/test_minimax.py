@@ -106,6 +106,10 @@ def test_decoding_can_be_interrupted(used: Studio) -> None:
     assert equal(media(used), before)
 
 
+def test_of_the_text_encoder_only_what_is_read_is_loaded(used: Studio) -> None:
+    assert len(used.engine._pipeline.text_encoder.model.language_model.layers) == 51
+
+
 def test_it_needs_no_torchvision(used: Studio) -> None:
     media(used, [IMAGE])
     assert find_spec("torchvision") is None or "torchvision" not in sys.modules
