@@ -50,7 +50,7 @@ def post(client: httpx.Client, case: Case) -> str:
 
 
 def check(client: httpx.Client, case: Case, job_id: str) -> None:
-    status = finished(client, job_id, timeout_s=400)
+    status = finished(client, job_id, timeout_s=900)
     assert status["status"] == "succeeded", status
     result = client.get(f"/v1/requests/{job_id}/result").json()
     images, videos = result["outputs"]["images"], result["outputs"]["videos"]
@@ -86,6 +86,7 @@ def check_video(client: httpx.Client, video: dict[str, Any], golden: np.ndarray,
     assert np.abs(pixels(fetched(client, video)).astype(int) - expected).mean() < 1
 
 
+@pytest.mark.timeout(1200)
 def test_every_id_through_the_committed_config(tmp_path: Path, checkpoints: Path) -> None:
     """All models share two cores: replicas come from zero, and idle ones make room for those that wait."""
     port = free_port()
