@@ -54,6 +54,26 @@ class Checkpoints:
         located = self._locate(part.checkpoint, lambda: self._download_part(part))
         return replace(located, directory=located.directory / part.folder)
 
+    def locate_lora(self, checkpoint: Checkpoint) -> Path:
+        """Return the one `.safetensors` file at the top of a repository. Raises `JobFailure`."""
+
+        def download() -> Located:
+            directory = snapshot_download(
+                checkpoint.repo,
+                revision=checkpoint.revision,
+                cache_dir=self._cache_dir,
+                allow_patterns=["*.safetensors"],
+                ignore_patterns=["*/*"],
+            )
+            return Located(Path(directory), Path(directory).name, None)
+
+        directory = self._locate(checkpoint, download).directory
+        try:
+            (file,) = directory.glob("*.safetensors")
+        except ValueError as error:
+            raise _not_found(f"{checkpoint.repo}: not one .safetensors file in {directory}") from error
+        return file
+
     def _locate(self, checkpoint: Checkpoint, download: Callable[[], Located]) -> Located:
         folder = checkpoint.repo.replace("/", "--")
         if self._root is not None and (self._root / folder).is_dir():
@@ -96,7 +116,7 @@ class Checkpoints:
                 revision=commit,
                 cache_dir=self._cache_dir,
                 allow_patterns=wanted,
-                ignore_patterns=["*/*/*"],
+                ignore_patterns=["*/*/*", *checkpoint.without],
             )
             if any(directory.glob(f"*/{weights}")):
                 break

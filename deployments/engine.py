@@ -6,12 +6,12 @@ are deterministic, and the global random state is neither read nor changed.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -22,13 +22,15 @@ import transformers
 from PIL import Image
 
 from cluster.jobs import FailureCode, JobFailure
-from deployments.catalog import ModelSpec, Part
+from deployments.catalog import HighResolution, ModelSpec, Part
 from deployments.checkpoints import Checkpoints, Located
+from deployments.classes import make_scheduler, named, pipeline_class, with_parts_of
 from deployments.loras.adapters import Adapters
-from deployments.loras.references import LoraFile
+from deployments.loras.references import LoraFile, digest
 from deployments.media import Media
 from deployments.progress import Observer, Progress
 from deployments.render import PromptSpec, Sampling
+from deployments.videos import Sound
 
 ADAPTER_BYTES = 8 * 2**30
 """Default room for resident adapters on the device: about 50 of rank 16 for FLUX.1 in bfloat16."""
@@ -63,6 +65,7 @@ class Engine:
         self._image_pipeline: Any = None
         self._located: Located | None = None
         self._parts: dict[str, str] = {}
+        self._upsampler: Any = None
         self._adapters: Adapters | None = None
 
     def load(self) -> None:
@@ -81,13 +84,13 @@ class Engine:
             pipeline = self._load_pipeline()
         if self.spec.scheduler:
             # Not through the constructor: the one of Stable Diffusion 1.5 changes `steps_offset` 0 to 1.
-            pipeline.scheduler = _make_scheduler(*self.spec.scheduler)
+            pipeline.scheduler = make_scheduler(*self.spec.scheduler)
         if self.spec.adjust:
             self._family_function(self.spec.adjust)(pipeline)
         self._place(pipeline)
         self._pipeline = self._image_pipeline = pipeline
         if self.spec.image_pipeline:
-            self._image_pipeline = _with_parts_of(pipeline, self.spec.image_pipeline)
+            self._image_pipeline = with_parts_of(pipeline, self.spec.image_pipeline)
         for each in {self._pipeline, self._image_pipeline}:
             each.set_progress_bar_config(disable=True)
         self._adapters = Adapters(pipeline, self._device, self._adapter_bytes, self.spec.experts)
@@ -110,10 +113,14 @@ class Engine:
         with torch.inference_mode(), progress.of_pieces(pipeline.components.get("vae")):
             arguments = self._arguments(prompt, controls)
             with self._sampled(pipeline, prompt.sampling, arguments):
-                output = pipeline(**arguments, callback_on_step_end=progress.after_step, output_type="np")
+                if prompt.resolution == "High" and self.spec.high:
+                    output = self._render_high(pipeline, self.spec.high, arguments, progress)
+                else:
+                    output = pipeline(**arguments, callback_on_step_end=progress.after_step, output_type="np")
         if self.spec.video is None:
             return Media(_to_bytes(output.images[0]))
-        return Media(np.stack([_to_bytes(frame) for frame in output.frames[0]]), fps=prompt.fps)
+        frames = np.stack([_to_bytes(frame) for frame in output.frames[0]])
+        return Media(frames, fps=prompt.fps, sound=self._sound(output))
 
     @property
     def warm(self) -> frozenset[str]:
@@ -147,6 +154,25 @@ class Engine:
             "offload": self._offload,
         }
 
+    def _render_high(
+        self,
+        pipeline: Any,  # noqa: ANN401 - any diffusers pipeline
+        high: HighResolution,
+        arguments: dict[str, Any],
+        progress: Progress,
+    ) -> Any:  # noqa: ANN401 - any pipeline's output
+        if self._upsampler is None:
+            self._upsampler = self._load_part("upsampler", high.upsampler).to(self._device)
+        path = self._checkpoints.locate_lora(high.lora)
+        lora = LoraFile(path, digest(path), path.stat().st_size)
+        refined = partial(self._loaded_adapters.joined_by, lora, high.multiplier)
+        render = self._family_function(high.render)
+        return render(pipeline, self._pipeline, arguments, self._upsampler, refined, progress)
+
+    def _sound(self, output: Any) -> Sound | None:  # noqa: ANN401 - any pipeline's output
+        rate = self.spec.video.sound_rate if self.spec.video else None
+        return Sound(_finite(output.audio[0].float().cpu().numpy()), rate) if rate else None
+
     @property
     def _dtype(self) -> torch.dtype:
         """As the reference: bfloat16 where the GPU has it, else float16; float32 on the CPU."""
@@ -155,24 +181,19 @@ class Engine:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
     @property
-    def _pipeline_class(self) -> Any:  # noqa: ANN401 - a pipeline of diffusers or of ours
-        name = self.spec.pipeline
-        return _named(name if "." in name else f"diffusers.{name}")
-
-    @property
     def _loaded_adapters(self) -> Adapters:
         if self._adapters is None:
             raise RuntimeError("the engine is not loaded")
         return self._adapters
 
     def _load_pipeline(self) -> Any:  # noqa: ANN401 - any diffusers pipeline
-        options, pipeline_class = self.spec.load_options, _pipeline_class(self.spec.pipeline)
+        options, own_class = self.spec.load_options, pipeline_class(self.spec.pipeline)
         parts = {name: self._load_part(name, part) for name, part in self.spec.parts.items()}
         if self.spec.assembled:
-            return pipeline_class(**parts, scheduler=None, **options)
+            return own_class(**parts, scheduler=None, **options)
         absent = [name for name, value in options.items() if value is None]
         self._located = self._checkpoints.locate(self.spec.checkpoint, without=[*absent, *parts])
-        pipeline = pipeline_class.from_pretrained(
+        pipeline = own_class.from_pretrained(
             self._located.directory,
             variant=self._located.variant,
             dtype=self._dtype,
@@ -189,7 +210,7 @@ class Engine:
     def _load_part(self, name: str, part: Part) -> Any:  # noqa: ANN401 - a model or a tokenizer
         located = self._checkpoints.locate_part(part)
         self._parts[name] = f"{part.checkpoint.repo}@{located.revision}"
-        part_class = _named(part.class_name)
+        part_class = named(part.class_name)
         is_model = issubclass(part_class, torch.nn.Module)
         options = {"dtype": self._dtype, "use_safetensors": True, **self._loading} if is_model else {}
         return part_class.from_pretrained(located.directory, local_files_only=True, **options)
@@ -225,7 +246,7 @@ class Engine:
         row, own = self.spec.sampled(sampling), pipeline.scheduler
         self._loaded_adapters.form_products(in_file_dtype=row.products_in_file_dtype)
         if row.scheduler and row.scheduler is not self.spec.scheduler:
-            pipeline.scheduler = _make_scheduler(*row.scheduler)
+            pipeline.scheduler = make_scheduler(*row.scheduler)
         try:
             with self._family_function(row.during)(pipeline, arguments) if row.during else nullcontext():
                 yield
@@ -257,36 +278,19 @@ class Engine:
         return arguments
 
     def _family_function(self, name: str) -> Callable[..., Any]:
-        return _named(f"deployments.pipelines.{name if '.' in name else f'{self.spec.family}.{name}'}")
-
-
-def _named(path: str) -> Any:  # noqa: ANN401 - a class or a function
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
-def _pipeline_class(name: str) -> Any:  # noqa: ANN401 - of diffusers, or of ours with its module in front
-    return _named(name if "." in name else f"diffusers.{name}")
-
-
-def _with_parts_of(pipeline: Any, class_name: str) -> Any:  # noqa: ANN401 - any diffusers pipeline
-    """Make another pipeline of the same components and configuration."""
-    pipeline_class = getattr(diffusers, class_name)
-    held = {**pipeline.config, **pipeline.components}
-    wanted = inspect.signature(pipeline_class.__init__).parameters.keys() & held.keys()
-    return pipeline_class(**{name: held[name] for name in wanted})
-
-
-def _make_scheduler(class_name: str, config: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any of diffusers'
-    return getattr(diffusers, class_name)(**config)
+        return named(f"deployments.pipelines.{name if '.' in name else f'{self.spec.family}.{name}'}")
 
 
 def _to_bytes(values: np.ndarray) -> np.ndarray:
     """Return a picture of 0..1 as uint8, rounded; raises `JobFailure` for one that is no numbers."""
+    return (_finite(values) * 255).round().astype(np.uint8)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
     if not np.isfinite(values).all():
-        message = "the picture came out as infinite or no numbers: the LoRA is too strong for the model"
+        message = "the output came out as infinite or no numbers: the LoRA is too strong for the model"
         raise JobFailure(FailureCode.OUTPUT_NOT_FINITE, message)
-    return (values * 255).round().astype(np.uint8)
+    return values
 
 
 _PACKAGES = ("lora-serve", "torch", "diffusers", "transformers")

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from deployments.render import OutputFormat
-from deployments.videos import write_mp4, write_webp
+from deployments.videos import Sound, write_mp4, write_webp
 
 QUALITY = 95
 """Of JPEG and lossy WEBP pictures, as the reference server saves its JPEG."""
@@ -51,18 +51,10 @@ class ImageTooLarge(ImageRejected):
 
 
 @dataclass(frozen=True, slots=True)
-class Sound:
-    """Samples float32 [channels, samples] in [-1, 1], and how many there are in a second."""
-
-    samples: np.ndarray
-    rate: int
-
-
-@dataclass(frozen=True, slots=True)
 class Media:
     """What a prompt rendered to, before any encoding: uint8, RGB, H x W x 3, or F x H x W x 3 for a video.
 
-    `fps` are the frames per second of a video, None for a picture.
+    `fps` are the frames per second of a video, None for a picture; some videos have sound.
     """
 
     pixels: np.ndarray
@@ -92,7 +84,7 @@ def save(
     if media.fps is None:
         _save_picture(Image.fromarray(media.pixels), format, manifest, path)
     elif format == "mp4":
-        write_mp4(media.pixels, media.fps, path, moved)
+        write_mp4(media.pixels, media.fps, path, moved, media.sound)
     else:
         write_webp(media.pixels, media.fps, path, moved)
 

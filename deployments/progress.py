@@ -42,6 +42,11 @@ class Progress:
             self._enter(Phase.DECODE)
         return {}
 
+    def after_piece(self, *_: object) -> dict[str, Any]:
+        """Tell that the phase goes on, as the callback of a pipeline that refines what another one made."""
+        self._enter(self._phase)
+        return {}
+
     @contextmanager
     def of_pieces(self, vae: Any) -> Iterator[None]:  # noqa: ANN401 - a VAE, or None
         """Tell of each piece that a VAE has done: it takes no callback, and a video keeps it for minutes."""

@@ -14,6 +14,8 @@ VideoFormat = Literal["webp", "mp4"]
 
 OutputFormat = Literal[ImageFormat, VideoFormat]
 
+Resolution = Literal["Default", "High"]
+
 Sampling = Literal["reference", "preview"]
 """As the reference server renders a request, or as the trainer renders its sample pictures."""
 
@@ -39,11 +41,11 @@ class PromptSpec(BaseModel):
     """One picture or video of a job, every default resolved; `controls` are store keys or URLs of images.
 
     Width and height are pixels, already floored to the model's divisor; `seed` is in [0, 2**64). `options`
-    are the model's own switches. Videos have `num_frames` as asked for, which the model's rule floors (its
-    sound may last longer), and frames a second. The last four are of previews: whether the second control
-    image is for the text encoder only, and what a prompt's flags say that has no field: the LoRAs' weight
-    (-2..2), SDXL's guidance rescale (0..1), and the negative prompt of its second text encoder where it is
-    another.
+    are the model's own switches. `resolution` "High" doubles width and height. Videos have `num_frames` as
+    asked for, which the model's rule floors (its sound may last longer), and frames a second. The last four
+    are of previews: whether the second control image is for the text encoder only, and what a prompt's flags
+    say that has no field: the LoRAs' weight (-2..2), SDXL's guidance rescale (0..1), and the negative prompt
+    of its second text encoder where it is another.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -59,6 +61,7 @@ class PromptSpec(BaseModel):
     num_frames: int | None = None
     fps: int | None = None
     options: dict[str, bool] = {}
+    resolution: Resolution = "Default"
     sampling: Sampling = "reference"
     second_is_shown_only: bool = False
     multiplier: float | None = None

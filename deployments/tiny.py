@@ -17,6 +17,7 @@ import diffusers
 import torch
 import transformers
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
 from diffusers.utils.constants import SAFETENSORS_WEIGHTS_NAME as DIFFUSERS_WEIGHTS
 from safetensors.torch import save_file, save_model
 from transformers import PreTrainedModel
@@ -29,8 +30,11 @@ TINY_FLUX = Path(__file__).parent / "tiny_flux"
 
 _RANK = 4
 
-_OURS = {"OmniGen2Transformer2DModel": OmniGen2Transformer2DModel}
-"""Classes that configs name and no library has."""
+_OTHERS = {
+    "OmniGen2Transformer2DModel": OmniGen2Transformer2DModel,
+    "LTX2LatentUpsamplerModel": LTX2LatentUpsamplerModel,
+}
+"""Classes that configs name and no library has at its top."""
 
 
 def materialize(source: Path, target: Path, model_class: type[PreTrainedModel] | None = None) -> None:
@@ -46,8 +50,7 @@ def materialize(source: Path, target: Path, model_class: type[PreTrainedModel] |
     # Schedulers and tokenizers have no config.json and no weights.
     for file in sorted(source.rglob("config.json")):
         library, class_name = entries.get(file.parent.name) or _class_of(json.loads(file.read_text()))
-        stated = getattr(diffusers if library == "diffusers" else transformers, class_name, None)
-        made = model_class or stated or _OURS[class_name]
+        made = model_class or _stated(library, class_name) or _OTHERS[class_name]
         _materialize_component(made, target / file.parent.relative_to(source))
 
 
@@ -76,6 +79,12 @@ def write_tiny_lora(path: Path, seed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # One entry of metadata: safetensors writes several in no fixed order, and the file's hash is its name.
     save_file(tensors, path, metadata={"ss_base_model_version": "flux.1"})
+
+
+def _stated(library: str, class_name: str) -> Any:  # noqa: ANN401 - a class or None
+    """Return a class by diffusers' naming: of a library, or of the pipeline's folder in its own."""
+    module = {"diffusers": diffusers, "transformers": transformers}.get(library)
+    return getattr(module or getattr(diffusers.pipelines, library, None), class_name, None)
 
 
 def _class_of(config: dict[str, Any]) -> tuple[str, str]:

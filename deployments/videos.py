@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import wave
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
 from PIL import Image
+
+
+@dataclass(frozen=True, slots=True)
+class Sound:
+    """Samples float32 [channels, samples] in [-1, 1], and how many there are in a second."""
+
+    samples: np.ndarray
+    rate: int
 
 
 def write_webp(frames: np.ndarray, fps: int, path: Path, moved: Callable[[], None]) -> None:
@@ -22,17 +33,30 @@ def write_webp(frames: np.ndarray, fps: int, path: Path, moved: Callable[[], Non
     first.save(path, "WEBP", save_all=True, append_images=[rest], duration=int(1000 / fps), loop=0)
 
 
-def write_mp4(frames: np.ndarray, fps: int, path: Path, moved: Callable[[], None]) -> None:
+def write_mp4(
+    frames: np.ndarray, fps: int, path: Path, moved: Callable[[], None], sound: Sound | None = None
+) -> None:
     """Write an MP4 as the reference server does: H.264 in 4:2:0, all else as libx264 has it by default.
 
-    `frames` are uint8, F x H x W x 3, both sides even. `moved` is called after each frame, and may raise.
-    Raises `OSError` where ffmpeg fails.
+    `frames` are uint8, F x H x W x 3, both sides even; sound becomes AAC at its own rate. `moved` is called
+    after each frame, and may raise. Raises `OSError` where ffmpeg fails.
     """
+    with TemporaryDirectory(prefix="lora-serve-") as folder:
+        audio = Path(folder, "sound.wav") if sound else None
+        if audio and sound:
+            _write_wav(sound, audio)
+        _write_mp4(frames, fps, path, moved, audio)
+
+
+def _write_mp4(
+    frames: np.ndarray, fps: int, path: Path, moved: Callable[[], None], audio: Path | None
+) -> None:
     _, height, width, _ = frames.shape
-    size = (width, height)
     # No quality of its own; None is not in the type of the parameter.
     options: Any = {"codec": "libx264", "quality": None, "macro_block_size": 1}
-    writer = imageio_ffmpeg.write_frames(path, size, fps=fps, **options)
+    if audio:
+        options |= {"audio_path": str(audio), "audio_codec": "aac"}
+    writer = imageio_ffmpeg.write_frames(path, (width, height), fps=fps, **options)
     with closing(writer):
         next(writer)
         for frame in frames:
@@ -45,6 +69,15 @@ def write_mp4(frames: np.ndarray, fps: int, path: Path, moved: Callable[[], None
         raise OSError("ffmpeg wrote no video") from error
     if written != len(frames):
         raise OSError(f"ffmpeg wrote {written} of {len(frames)} frames")
+
+
+def _write_wav(sound: Sound, path: Path) -> None:
+    """Write sound as 16 bits a sample, the channels' samples in turn."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(len(sound.samples))
+        file.setsampwidth(2)
+        file.setframerate(sound.rate)
+        file.writeframes((sound.samples.T.clip(-1, 1) * 32767).round().astype("<i2").tobytes())
 
 
 class _Frames:

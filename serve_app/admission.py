@@ -16,7 +16,7 @@ from cluster.jobs import JobFailure
 from cluster.objects import ObjectStore, content_key
 from cluster.secrets import can_seal
 from cluster.urls import UrlRefused, check_url, parse_hosts, parse_url
-from deployments.catalog import CATALOG, ModelSpec
+from deployments.catalog import CATALOG, ModelSpec, Video
 from deployments.catalog.choices import Choice
 from deployments.loras.header import read_header
 from deployments.loras.links import check, parse
@@ -161,7 +161,8 @@ def _check_bounds(
         # The parts first: the trigger word multiplies.
         if any(len(text or "") > longest for text in texts) or len(_text(request, prompt)) > longest:
             raise Refusal(Code.PROMPT_TOO_LONG, prompt_index=index, most=longest)
-        if prompt.resolution == "High":
+        _check_video(prompt, index, model)
+        if prompt.resolution == "High" and model.high is None:
             raise Refusal(Code.RESOLUTION_NOT_SUPPORTED, model=model.id, prompt_index=index)
         if 0 < model.control_images.most < len(choice.images):
             raise Refusal(
@@ -170,6 +171,16 @@ def _check_bounds(
                 prompt_index=index,
                 most=model.control_images.most,
             )
+
+
+def _check_video(prompt: PromptItem, index: int, model: ModelSpec) -> None:
+    video = model.video
+    if video is None:
+        return
+    if prompt.num_frames is not None and prompt.num_frames < video.fewest:
+        raise Refusal(Code.NUM_FRAMES_NOT_SUPPORTED, model=model.id, prompt_index=index, least=video.fewest)
+    if video.other_fps == "refused" and prompt.fps not in (None, video.fps):
+        raise Refusal(Code.FPS_NOT_SUPPORTED, model=model.id, prompt_index=index, supported=video.fps)
 
 
 def check_format(format: str, model: ModelSpec) -> None:
@@ -241,13 +252,18 @@ def _resolve_prompt(request: InferenceRequest, index: int, model: ModelSpec) -> 
         guidance=model.guidance if prompt.guidance_scale is None else prompt.guidance_scale,
         seed=_seed(prompt.seed, index),
         num_frames=(prompt.num_frames or model.video.frames) if model.video else None,
-        fps=(prompt.fps or model.video.fps) if model.video else None,
+        fps=_fps(prompt, model.video) if model.video else None,
         options={name: _option(request, name, default) for name, default in model.options.items()},
+        resolution=prompt.resolution or "Default",
         sampling=request.sampling or "reference",
         multiplier=flags.network_multiplier,
         guidance_rescale=flags.guidance_rescale,
         neg_2=None if flags.neg is None else request.prompts[index].neg or "",
     )
+
+
+def _fps(prompt: PromptItem, video: Video) -> int:
+    return video.fps if video.other_fps == "ignored" else prompt.fps or video.fps
 
 
 def _read_prompt(request: InferenceRequest, index: int) -> tuple[PromptItem, Flags]:

@@ -53,6 +53,8 @@ class Code(Enum):
     CONTROL_IMAGE_REQUIRED = 400, "This model edits a picture: each prompt needs a control image."
     TOO_MANY_PROMPTS = 400, "The request has more prompts than this service takes at once."
     PROMPT_TOO_LONG = 400, "A prompt, negative prompt or trigger word is too long."
+    NUM_FRAMES_NOT_SUPPORTED = 400, "This model makes no video of so few frames."
+    FPS_NOT_SUPPORTED = 400, "This model makes videos of one number of frames a second only."
     RESOLUTION_NOT_SUPPORTED = 400, 'This model has only the resolution "Default".'
     OUTPUT_FORMAT_NOT_SUPPORTED = 400, "This model has no such output; details.supported lists its formats."
     TOO_MANY_CONTROL_IMAGES = 400, "A prompt has more control images than the model takes."

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from deployments.render import OutputFormat, Sampling
+from deployments.render import OutputFormat, Resolution, Sampling
 
 MAX_ITEMS = 1000
 """Longest `prompts` or `loras` list that is read at all; it bounds the work of reading a hostile body."""
@@ -80,7 +80,7 @@ class PromptItem(_Part):
     sampler: Text | None = None
     num_frames: Annotated[int, Field(ge=1, le=1000)] | None = None
     fps: Annotated[int, Field(ge=1, le=120)] | None = None
-    resolution: Literal["Default", "High"] | None = None
+    resolution: Resolution | None = None
     ctrl_img: str | None = None
     ctrl_img_1: str | None = None
     ctrl_img_2: str | None = None

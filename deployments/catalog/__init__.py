@@ -11,18 +11,51 @@ from deployments.catalog import (
     flux2,
     hidream,
     krea2,
+    ltx2,
     lumina2,
+    minimax,
     omnigen2,
     qwen_image,
     sd,
     wan,
     zimage,
 )
-from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Part, Preview, Video
+from deployments.catalog.spec import (
+    Checkpoint,
+    ControlImages,
+    HighResolution,
+    ModelSpec,
+    Part,
+    Preview,
+    Video,
+)
 
-__all__ = ["CATALOG", "Checkpoint", "ControlImages", "ModelSpec", "Part", "Preview", "Video"]
+__all__ = [
+    "CATALOG",
+    "Checkpoint",
+    "ControlImages",
+    "HighResolution",
+    "ModelSpec",
+    "Part",
+    "Preview",
+    "Video",
+]
 
-_FAMILIES = (flux, chroma, flux2, sd, zimage, qwen_image, lumina2, krea2, hidream, omnigen2, wan)
+_FAMILIES = (
+    flux,
+    chroma,
+    flux2,
+    sd,
+    zimage,
+    qwen_image,
+    lumina2,
+    krea2,
+    hidream,
+    omnigen2,
+    wan,
+    ltx2,
+    minimax,
+)
 
 CATALOG: Mapping[str, ModelSpec] = MappingProxyType(
     {row.id: row for family in _FAMILIES for row in family.ROWS}

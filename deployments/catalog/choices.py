@@ -39,6 +39,11 @@ def first(fields: Sequence[str | None]) -> Choice:
     return Choice(_there(*fields)[:1])
 
 
+def first_as_sent(fields: Sequence[str | None]) -> Choice:
+    """Choose one image, the first of `numbered_else_main`."""
+    return Choice(numbered_else_main(fields).images[:1])
+
+
 def main_only(fields: Sequence[str | None]) -> Choice:
     """Choose `ctrl_img` and no other."""
     return Choice(_there(fields[0]))

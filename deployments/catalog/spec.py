@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from deployments.catalog.choices import Choose, numbered_else_main
 from deployments.render import ImageFormat, OutputFormat, Sampling
@@ -13,12 +13,16 @@ from deployments.render import ImageFormat, OutputFormat, Sampling
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A repository in diffusers layout; `variant` names the file variant that the reference loads."""
+    """A repository in diffusers layout; `variant` names the file variant that the reference loads.
+
+    `without` are patterns of files that are not fetched: some repositories hold the same weights twice.
+    """
 
     repo: str
     revision: str = "main"
     variant: str | None = None
     gated: bool = False
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +59,9 @@ class Video:
     """What a model that makes videos makes by default, and the numbers of frames that it can make.
 
     They are `least` and each `step` more; a request for another number gets the next lower one, but with
-    `multiples_go_up` one for a multiple of `step` gets `least` frames more. `formats` begin with the default.
+    `multiples_go_up` one for a multiple of `step` gets `least` frames more. Requests for less than `fewest`
+    are refused; `other_fps` says what becomes of one for a rate that is not `fps`. `sound_rate` is in samples
+    a second where it makes sound too. `formats` begin with the default.
     """
 
     frames: int = 41
@@ -63,12 +69,29 @@ class Video:
     least: int = 1
     step: int = 4
     multiples_go_up: bool = False
+    fewest: int = 1
+    other_fps: Literal["taken", "refused", "ignored"] = "taken"
+    sound_rate: int | None = None
     formats: tuple[OutputFormat, ...] = ("webp", "mp4")
 
     def floor(self, frames: int) -> int:
         """Return how many frames a request for `frames` gets."""
         steps = (frames if self.multiples_go_up else frames - self.least) // self.step
         return self.least + self.step * max(steps, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HighResolution:
+    """What `"resolution": "High"` needs beside the model; it is fetched for the first such request.
+
+    `render` names a function in `pipelines`, by its dotted name there. It gets the `upsampler` and makes the
+    `lora`, a repository of one file, active with its `multiplier` when it refines.
+    """
+
+    render: str
+    upsampler: Part
+    lora: Checkpoint
+    multiplier: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +120,7 @@ class ModelSpec:
     call has one. `call_options` are passed to every call. `adjust`, `arguments` and `during` name functions
     of the family's module in `pipelines`, or of another one there by its dotted name: the first changes the
     loaded pipeline, the second adds arguments to its call, the third is a context manager around the call.
+    `high` is there if the model has a high resolution, of twice the size asked for.
     `options` are the switches of requests that the model has, by the names of their fields, with defaults.
     With `products_in_file_dtype` the product of a LoRA's matrices is rounded to the dtype of its file.
     `memory_gib` is the size of each part in bfloat16, `activations_gib` about what a prompt of the
@@ -129,6 +153,7 @@ class ModelSpec:
     arguments: str | None = None
     products_in_file_dtype: bool = False
     during: str | None = None
+    high: HighResolution | None = None
     memory_gib: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     activations_gib: float = 4.0
     licence: str = ""

@@ -10,7 +10,8 @@ is peft's own: `base(x) + up(down(x)) * scale`.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -21,6 +22,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from cluster.jobs import FailureCode, JobFailure
+from deployments.loras.by_head import sort_by_projection
 from deployments.loras.deltas import Delta, Layer, build
 from deployments.loras.dialects import group
 from deployments.loras.header import read_header, shorten, unsupported
@@ -78,6 +80,7 @@ class Adapters:
         self._targets = Targets(_layout(self._layers))
         self._resident: OrderedDict[_Key, Adapter] = OrderedDict()
         self._slots: dict[Layer, _Slot] = {}
+        self._active: Sequence[tuple[LoraFile, float]] = ()
 
     @property
     def resident(self) -> frozenset[str]:
@@ -100,6 +103,7 @@ class Adapters:
         for file, multiplier in wanted:
             for layer, delta in self._resident[_key(file)].deltas.items():
                 self._slot(layer).parts.append((delta, multiplier * delta.scale))
+        self._active = tuple(wanted)
         self._make_room(0, in_use)
         return [warning for key in in_use if (warning := self._resident[key].warning)]
 
@@ -108,8 +112,19 @@ class Adapters:
         for slot in self._slots.values():
             slot.parts = [(delta.formed(in_file_dtype=in_file_dtype), factor) for delta, factor in slot.parts]
 
+    @contextmanager
+    def joined_by(self, file: LoraFile, multiplier: float) -> Iterator[None]:
+        """Make one more adapter active beside those that are, for a while. Raises as `activate`."""
+        active = self._active
+        self.activate([*active, (file, multiplier)])
+        try:
+            yield
+        finally:
+            self.activate(active)
+
     def drop(self) -> None:
         """Deactivate and forget every adapter."""
+        self._active = ()
         self._resident.clear()
         for slot in self._slots.values():
             slot.parts = []
@@ -174,7 +189,7 @@ def _read(file: LoraFile) -> tuple[Contents, dict[str, Tensor]]:
         raise JobFailure(FailureCode.LORA_NOT_FOUND, "The LoRA file cannot be read.") from error
     except SafetensorError as error:
         raise unsupported("is not valid safetensors") from error
-    return contents, tensors
+    return contents, sort_by_projection(tensors)
 
 
 def _layers_of(pipeline: Any) -> dict[tuple[str, str], Layer]:  # noqa: ANN401 - any pipeline
@@ -206,7 +221,11 @@ def _misfit(stem: str, module: Module, shapes: Sequence[Shape]) -> str:
 def _warning(targets: Mapping[str, Target]) -> str | None:
     """Say how many modules of the file match no layer, by component, with a few of their names."""
     total = Counter(target.component for target in targets.values())
-    unmatched = {stem: target.component for stem, target in targets.items() if not target.layers}
+    unmatched = {
+        stem: target.component
+        for stem, target in targets.items()
+        if not target.layers and not target.without_effect
+    }
     if not unmatched:
         return None
     counts = [f"{count} of {total[name]} of {name}" for name, count in Counter(unmatched.values()).items()]

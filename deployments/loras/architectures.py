@@ -83,6 +83,14 @@ def _wan(**config: int) -> Model:
     return Model("diffusers.WanTransformer3DModel", config)
 
 
+def _ltx(**config: object) -> Model:
+    return Model("diffusers.LTX2VideoTransformer3DModel", config)
+
+
+def _ltx_connectors(**config: object) -> Model:
+    return Model("diffusers.pipelines.ltx2.LTX2TextConnectors", config)
+
+
 ARCHITECTURES: Mapping[tuple[str, ...], Mapping[str, Model]] = {
     ("flux", "flux_kontext"): {
         "transformer": _transformer("Flux", guidance_embeds=True),
@@ -177,6 +185,29 @@ ARCHITECTURES: Mapping[tuple[str, ...], Mapping[str, Model]] = {
             num_attention_heads=24, num_layers=30, ffn_dim=14336, in_channels=48, out_channels=48
         )
     },
+    ("ltx2",): {"transformer": _ltx(), "connectors": _ltx_connectors()},
+    ("ltx2.3",): {
+        "transformer": _ltx(
+            gated_attn=True,
+            cross_attn_mod=True,
+            audio_gated_attn=True,
+            audio_cross_attn_mod=True,
+            use_prompt_embeddings=False,
+            perturbed_attn=True,
+        ),
+        "connectors": _ltx_connectors(
+            video_connector_num_attention_heads=32,
+            video_connector_num_layers=8,
+            video_gated_attn=True,
+            audio_connector_num_attention_heads=32,
+            audio_connector_attention_head_dim=64,
+            audio_connector_num_layers=8,
+            audio_gated_attn=True,
+            per_modality_projections=True,
+            proj_bias=True,
+        ),
+    },
+    ("minimax_h3",): {"transformer": Model("diffusers.MiniMaxH3Transformer3DModel", {})},
 }
 """The parts that LoRA files change, for the model ids that share them; of two transformers alike, one."""
 

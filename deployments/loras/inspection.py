@@ -115,6 +115,8 @@ def _fit(model: str, contents: Contents) -> ModelFit:
 
     def verdict(stem: str, module: Module) -> str:
         target = targets.find(stem)
+        if target.without_effect:
+            return "matched"
         layers = {(target.component, path) for path in target.layers}
         if not layers:
             return "unmatched"

@@ -164,19 +164,78 @@ _KREA_2: _Names = (
         )
     ),
 )
+
+_LTX_2: _Names = (
+    ("patchify_proj", ("proj_in",)),
+    ("audio_patchify_proj", ("audio_proj_in",)),
+    *(
+        (f"{original}.{path}", (f"{ours}.{path}",))
+        for original, ours in (
+            ("adaln_single", "time_embed"),
+            ("audio_adaln_single", "audio_time_embed"),
+            ("prompt_adaln_single", "prompt_adaln"),
+            ("audio_prompt_adaln_single", "audio_prompt_adaln"),
+            ("av_ca_video_scale_shift_adaln_single", "av_cross_attn_video_scale_shift"),
+            ("av_ca_audio_scale_shift_adaln_single", "av_cross_attn_audio_scale_shift"),
+            ("av_ca_a2v_gate_adaln_single", "av_cross_attn_video_a2v_gate"),
+            ("av_ca_v2a_gate_adaln_single", "av_cross_attn_audio_v2a_gate"),
+        )
+        for path in ("linear", "emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2")
+    ),
+)
+
+_MINIMAX_H3: _Names = (
+    *(
+        (f"{original}.{{}}.{name}", tuple(f"{ours}.{{}}.{path}" for path in paths))
+        for original, ours in (
+            ("blocks", "transformer_blocks"),
+            ("token_refiner.blocks", "token_refiner.refiner_blocks"),
+        )
+        for name, paths in (
+            ("attn.qkv_proj", tuple(f"attn.{name}" for name in _QKV)),
+            ("attn.out_proj", ("attn.to_out.0",)),
+            ("mlp.fc1", ("ff.net.0.proj",)),
+            ("mlp.fc2", ("ff.net.2",)),
+        )
+    ),
+    ("video_patch_proj", ("proj_in",)),
+    ("audio_patch_proj", ("audio_proj_in",)),
+    ("condition_proj", ("context_embedder",)),
+    ("time_embedder.proj_in", ("time_embedder.linear_1",)),
+    ("time_embedder.proj_out", ("time_embedder.linear_2",)),
+    ("final_layer.video_out", ("proj_out",)),
+    ("final_layer.audio_out", ("audio_proj_out",)),
+)
+
+_LTX_2_CONNECTORS: _Names = (
+    ("aggregate_embed", ("text_proj_in",)),
+    ("video_aggregate_embed", ("video_text_proj_in",)),
+    ("audio_aggregate_embed", ("audio_text_proj_in",)),
+)
+
 ORIGINAL_NAMES: Mapping[str, _Names] = {
     "single_transformer_blocks.0": _FLUX,
     "layers.0": _Z_IMAGE_AND_LUMINA,
     "condition_embedder": _WAN,
     "conv_in": _STABLE_DIFFUSION,
     "text_fusion": _KREA_2,
+    "av_cross_attn_video_scale_shift": _LTX_2,
+    "video_connector": _LTX_2_CONNECTORS,
+    "token_refiner": _MINIMAX_H3,
 }
 """By a part that models of a kind have: original name, a block's index left open, and the layers in diffusers
 whose outputs make up its own. What a model has not is passed over.
 """
 
-SWAPPED = frozenset({"final_layer.adaLN_modulation.1"})
-"""Original names of layers whose halves of outputs (shift and scale) diffusers has the other way round."""
+SWAPPED = re.compile(r"final_layer[._]adaLN_modulation[._]1|(token_refiner[._])?blocks[._]\d+[._]mlp[._]fc1")
+"""Original names of layers whose halves of outputs diffusers has the other way round: shift and scale of
+FLUX.1, FLUX.2 and Chroma, gate and value of MiniMax-H3.
+"""
+
+WITHOUT_EFFECT: Mapping[str, re.Pattern[str]] = {
+    "token_refiner": re.compile(r"(.*[._])?adaln_proj([._]linear)?"),
+}
+"""By a part that models of a kind have: layers that the original code reads around their LoRA."""
 
 _UNET_BLOCK = re.compile(
     r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"

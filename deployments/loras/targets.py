@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TypeAlias
 
-from deployments.loras.originals import ORIGINAL_NAMES, SWAPPED, unet_names
+from deployments.loras.originals import ORIGINAL_NAMES, SWAPPED, WITHOUT_EFFECT, unet_names
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -31,7 +31,8 @@ _PREFIXES: tuple[tuple[re.Pattern[str], str], ...] = (
         ),
         _DENOISER,
     ),
-    (re.compile(r"^(text_encoder(?:_\d)?|transformer|unet)\."), r"\1"),
+    (re.compile(r"^text_embedding_projection\."), "connectors"),
+    (re.compile(r"^(text_encoder(?:_\d)?|transformer|connectors|unet)\."), r"\1"),
 )
 """Prefix of a module's name in files, and the pipeline's component it means (no prefix: the denoiser)."""
 
@@ -41,12 +42,14 @@ class Target:
     """What a module of a file means: one layer, or several whose outputs side by side are the module's.
 
     `layers` are paths in the component; there are none where the pipeline has no such module. With `swapped`
-    the two halves of the module's outputs are the other way round in the layer.
+    the two halves of the module's outputs are the other way round in the layer. One `without_effect` has no
+    layers and is not missed.
     """
 
     component: str
     layers: tuple[str, ...]
     swapped: bool = False
+    without_effect: bool = False
 
 
 class Targets:
@@ -57,7 +60,10 @@ class Targets:
         t5 = next((name for name, layers in layout.items() if _T5_LAYER in layers), "text_encoder_3")
         self._meant = {_DENOISER: self.denoiser, _T5: t5}
         self._layers = {name: _aliases(layers) for name, layers in layout.items()}
-        self._swapped = {form for name in SWAPPED for form in (name, _flat(name))}
+        self._without_effect = {
+            name: [pattern for part, pattern in WITHOUT_EFFECT.items() if _has(layers, part)]
+            for name, layers in layout.items()
+        }
 
     def find(self, stem: str, denoiser: str | None = None) -> Target:
         """Return the layers that a module's name in a file means.
@@ -73,8 +79,10 @@ class Targets:
         if denoiser and component == self.denoiser:
             component = denoiser
         name = stem.replace(".processor.", ".")
+        if any(pattern.fullmatch(name) for pattern in self._without_effect.get(component, ())):
+            return Target(component, (), without_effect=True)
         layers = self._layers.get(component, {}).get(name, ())
-        return Target(component, layers, bool(layers) and name in self._swapped)
+        return Target(component, layers, bool(layers) and SWAPPED.fullmatch(name) is not None)
 
 
 def _aliases(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -94,7 +102,7 @@ def _aliases(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
     for original, path in unet_names(paths):
         add(original, (path,))
     for part, names in ORIGINAL_NAMES.items():
-        if not any(f"{path}.".startswith(f"{part}.") for path in paths):
+        if not _has(paths, part):
             continue
         for original, formats in names:
             for block in count() if "{}" in original else (0,):
@@ -103,6 +111,10 @@ def _aliases(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
                     break
                 add(original.format(block), tuple(layer for name in ours for layer in layers[name]))
     return layers
+
+
+def _has(paths: Iterable[str], part: str) -> bool:
+    return any(f"{path}.".startswith(f"{part}.") for path in paths)
 
 
 def _flat(name: str) -> str:

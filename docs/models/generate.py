@@ -55,8 +55,11 @@ def _defaults(spec: ModelSpec) -> str:
         "control images": _controls(spec),
         "`output_format`": ", ".join(f"`{name}`" for name in spec.formats),
     }
+    if spec.high:
+        rows["`resolution`"] = "`Default`, or `High` for twice the size (not of previews)"
     if spec.video:
-        rows["`num_frames`, `fps`"] = f"{spec.video.frames}, {spec.video.fps}"
+        only = "" if spec.video.other_fps == "taken" else " only"
+        rows["`num_frames`, `fps`"] = f"{spec.video.frames}, {spec.video.fps}{only}"
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join(["| field | value |", "|---|---|", *lines])
 
@@ -97,7 +100,8 @@ def _controls(spec: ModelSpec) -> str:
 
 
 def _checkpoints(spec: ModelSpec) -> list[Checkpoint]:
-    return [spec.checkpoint, *(part.checkpoint for part in spec.parts.values())]
+    high = [spec.high.upsampler.checkpoint, spec.high.lora] if spec.high else []
+    return [spec.checkpoint, *(part.checkpoint for part in spec.parts.values()), *high]
 
 
 def _repositories(spec: ModelSpec) -> str:

@@ -34,6 +34,7 @@ FILES = {
     "scheduler/scheduler_config.json": "{}",
     "unet/config.json": "{}",
     "unet/model.safetensors": "plain",
+    "unet/twice_model.safetensors": "the same once more",
     "unet/model.bin": "a pickle",
     "safety_checker/model.safetensors": "not wanted",
     "unet/old/model.safetensors": "not wanted",
@@ -93,7 +94,7 @@ import sys
 from pathlib import Path
 from deployments.catalog import Checkpoint, Part
 from deployments.checkpoints import Checkpoints
-checkpoint = Checkpoint(repo=sys.argv[1], variant="fp16")
+checkpoint = Checkpoint(repo=sys.argv[1], variant="fp16", without=("unet/twice*",))
 checkpoints, folders = Checkpoints(None, Path(sys.argv[2])), sys.argv[3:]
 if folders:
     part = Part(class_name="diffusers.UNet2DConditionModel", checkpoint=checkpoint, folder=folders[0])
@@ -166,6 +167,17 @@ def test_a_part_in_a_local_folder(tmp_path: Path) -> None:
         part = Part(class_name="torch.nn.Module", checkpoint=Checkpoint(repo="org/name"), folder=folder)
         found = Checkpoints(tmp_path, None).locate_part(part)
         assert (found.directory, found.revision) == (tmp_path / "org--name" / folder, "local")
+
+
+def test_a_lora_is_the_one_file_of_its_repository(tmp_path: Path) -> None:
+    folder, checkpoint = tmp_path / "org--name", Checkpoint(repo="org/name")
+    (folder / "old").mkdir(parents=True)
+    for name in ("README.md", "old/other.safetensors", "any_name.safetensors"):
+        (folder / name).touch()
+    assert Checkpoints(tmp_path, None).locate_lora(checkpoint) == folder / "any_name.safetensors"
+    (folder / "another.safetensors").touch()
+    with pytest.raises(JobFailure, match=r"org/name: not one \.safetensors file"):
+        Checkpoints(tmp_path, None).locate_lora(checkpoint)
 
 
 @pytest.mark.parametrize("root", ["mirror", None])

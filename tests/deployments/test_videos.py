@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import imageio_ffmpeg
 import numpy as np
 import pytest
 from PIL import Image
 
 from deployments.media import Media, save
 from deployments.render import VideoFormat
+from deployments.videos import Sound
+from tests.videos import read_mp4, read_sound
 
 FPS = 12
 
@@ -39,15 +40,6 @@ def written(frames: np.ndarray, format: VideoFormat, folder: Path, fps: int = FP
     file = folder / f"0.{format}"
     save(Media(frames, fps=fps), format, {}, file, lambda: moves.append(None))
     return file, len(moves)
-
-
-def read_mp4(file: Path) -> tuple[dict[str, Any], np.ndarray]:
-    """Decode an MP4: what ffmpeg says of it, and its frames."""
-    reader = imageio_ffmpeg.read_frames(file)
-    told: dict[str, Any] = next(reader)  # type: ignore[assignment]
-    width, height = told["size"]
-    frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
-    return told, np.stack(frames)
 
 
 def check(frame: np.ndarray, index: int) -> None:
@@ -98,6 +90,44 @@ def test_mp4_has_x264_s_own_settings(tmp_path: Path) -> None:
     file, _ = written(FRAMES, "mp4", tmp_path)
     (settings,) = re.findall(rb"options: ([ -~]+)", file.read_bytes())
     assert {b"crf=23.0", b"me=hex", b"subme=7", b"ref=3"} <= set(settings.split())
+
+
+def two_tones(rate: int) -> Sound:
+    """Three quarters of a second, as long as the frames: 440 Hz on the left, 660 Hz, softer, on the right."""
+    seconds = np.arange(rate * 3 // 4) / rate
+    tones = [0.6 * np.sin(2 * np.pi * 440 * seconds), 0.3 * np.sin(2 * np.pi * 660 * seconds)]
+    return Sound(np.stack(tones).astype(np.float32), rate)
+
+
+@pytest.mark.parametrize("rate", [24_000, 32_000, 48_000])
+def test_the_sound_of_both_channels_decodes(tmp_path: Path, rate: int) -> None:
+    sound, file = two_tones(rate), tmp_path / "0.mp4"
+    save(Media(FRAMES, fps=FPS, sound=sound), "mp4", {}, file)
+    decoded = read_sound(file)
+    assert decoded is not None
+    codec, heard = decoded
+    assert (codec, heard.rate, len(heard.samples)) == ("aac", rate, 2)
+    # AAC comes in frames of 1024 samples, the last one filled up with silence.
+    length = sound.samples.shape[1]
+    assert length <= heard.samples.shape[1] < length + 2 * 1024
+    assert np.abs(heard.samples[:, :length] - sound.samples).mean() < 0.01
+    told, frames = read_mp4(file)
+    assert (told["size"], told["fps"], len(frames)) == ((80, 48), FPS, len(FRAMES))
+    check(frames[4], 4)
+
+
+def test_sound_beyond_full_scale_is_cut_off(tmp_path: Path) -> None:
+    tones = two_tones(24_000)
+    loud = replace(tones, samples=tones.samples * 2)
+    save(Media(FRAMES, fps=FPS, sound=loud), "mp4", {}, tmp_path / "0.mp4")
+    decoded = read_sound(tmp_path / "0.mp4")
+    assert decoded is not None
+    expected = loud.samples.clip(-1, 1)
+    assert np.abs(decoded[1].samples[:, : expected.shape[1]] - expected).mean() < 0.1
+
+
+def test_without_sound_there_is_no_track_for_it(tmp_path: Path) -> None:
+    assert read_sound(written(FRAMES, "mp4", tmp_path)[0]) is None
 
 
 def test_a_video_of_one_frame(tmp_path: Path) -> None:

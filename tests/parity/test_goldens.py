@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from deployments.catalog import CATALOG
+from deployments.videos import Sound
 from serve_app.cli import app
 from tests.parity.cases import FOLDER, Case, load_cases, load_previews
 
@@ -41,6 +42,9 @@ def rendered(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
 def test_golden(case: Case, rendered: Callable[[str], Path]) -> None:
     folder = rendered(case.model) / case.name
     case.check(np.load(folder / f"{index}.npy") for index in range(len(case.files)))
+    rates = [rate for _, rate in case.sounds]
+    samples = (np.load(folder / f"{index}.audio.npy") for index in range(len(rates)))
+    case.check_sounds(map(Sound, samples, rates))
     manifest = json.loads((folder / "manifest.json").read_text())
     sampling = case.request.get("sampling", "reference")
     told = [output["parameters"] for output in manifest["outputs"]]

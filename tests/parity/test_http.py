@@ -1,4 +1,4 @@
-"""A golden case of every id through the whole service: `serve run serve_config.yaml`, HTTP, PNG and WEBP."""
+"""A golden case of every id through the whole service: `serve run serve_config.yaml`, HTTP, files."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from PIL import Image, ImageSequence
 
 from deployments.catalog import CATALOG
 from deployments.media import Media, save
+from deployments.videos import Sound
 from tests.parity.cases import MODELS, Case, load_cases, load_previews
 from tests.service import finished, free_port, serve_run, submit
+from tests.videos import read_mp4, read_sound
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("services")]
 
@@ -57,8 +59,9 @@ def check(client: httpx.Client, case: Case, job_id: str) -> None:
     assert [output["seed"] for output in (*images, *videos)] == list(case.seeds)
     assert result["metadata"]["warnings"] == []
     if videos:
-        for video, file, fps in zip(videos, case.files, case.fps, strict=True):
-            check_video(client, video, np.load(file), fps)
+        sounds = [as_samples(file, rate) for file, rate in case.sounds] or [None] * len(videos)
+        for video, file, fps, sound in zip(videos, case.files, case.fps, sounds, strict=True):
+            check_video(client, video, Media(np.load(file), fps=fps, sound=sound))
     else:
         case.check(pixels(fetched(client, image))[0] for image in images)
     first = (*images, *videos)[0]
@@ -75,15 +78,29 @@ def pixels(file: io.BytesIO | Path) -> np.ndarray:
         return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
 
 
-def check_video(client: httpx.Client, video: dict[str, Any], golden: np.ndarray, fps: int) -> None:
+def as_samples(file: Path, rate: int) -> Sound:
+    return Sound((np.load(file) / 32767).astype(np.float32), rate)
+
+
+def check_video(client: httpx.Client, video: dict[str, Any], golden: Media) -> None:
     """Check a video against its golden, which has to lose in the codec what the video has lost there."""
-    assert (video["num_frames"], video["height"], video["width"], 3) == golden.shape
-    assert (video["format"], video["fps"]) == ("webp", fps)
+    format = "mp4" if golden.sound else "webp"
+    assert video["format"] == format
+    assert {name: video[name] for name in golden.measures} == golden.measures
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "golden.webp")
-        save(Media(golden, fps=fps), "webp", {}, file)
-        expected = pixels(file)
-    assert np.abs(pixels(fetched(client, video)).astype(int) - expected).mean() < 1
+        ours, expected = Path(folder, f"ours.{format}"), Path(folder, f"golden.{format}")
+        ours.write_bytes(fetched(client, video).read())
+        save(golden, format, {}, expected)
+        if format == "webp":
+            frames, golden_frames = pixels(ours), pixels(expected)
+        else:
+            frames, golden_frames = read_mp4(ours)[1], read_mp4(expected)[1]
+        assert np.abs(frames.astype(int) - golden_frames).mean() < 1
+        sound, golden_sound = read_sound(ours), read_sound(expected)
+    if golden.sound:
+        assert sound is not None and golden_sound is not None
+        assert sound[1].rate == golden_sound[1].rate
+        assert np.abs(sound[1].samples - golden_sound[1].samples).mean() < 0.01
 
 
 @pytest.mark.timeout(1200)

@@ -42,8 +42,8 @@ def test_defaults_are_those_of_the_row(place: Path, row: ModelSpec) -> None:
         options=dict(row.options),
     )
     lora = LoraSpec(path="style.safetensors", multiplier=1.0, **expert)
-    format_ = "webp" if row.video else "jpeg"
-    assert spec == RenderSpec(model=row.id, loras=(lora,), prompts=(expected,), output_format=format_)
+    expected_spec = RenderSpec(model=row.id, loras=(lora,), prompts=(expected,), output_format=row.formats[0])
+    assert spec == expected_spec
 
 
 def test_null_means_default_everywhere(place: Path) -> None:
@@ -62,6 +62,42 @@ def test_options_are_those_of_the_request_where_the_model_has_them(place: Path) 
     assert options("krea2_o_edit", match_target_res=False) == {"kv_cache": True, "match_target_res": False}
     assert options("krea2_o_edit", kv_cache=None) == {"kv_cache": True, "match_target_res": True}
     assert options("flux", kv_cache=True) == {}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "code"),
+    [
+        ({"num_frames": 1}, "NUM_FRAMES_NOT_SUPPORTED"),
+        ({"fps": 25}, "FPS_NOT_SUPPORTED"),
+        ({"num_frames": 2, "fps": 24}, None),
+    ],
+)
+def test_videos_that_minimax_h3_does_not_make(place: Path, prompt: dict[str, Any], code: str | None) -> None:
+    if code is None:
+        assert admitted(place, body(model="minimax_h3", prompt=prompt)).prompts[0].num_frames == 2
+        return
+    with pytest.raises(Refusal) as refusal:
+        admitted(place, body(model="minimax_h3", prompt=prompt))
+    assert refusal.value.code == code
+
+
+def test_a_preview_of_minimax_h3_ignores_the_rate(place: Path) -> None:
+    request = body(model="minimax_h3", prompt={"fps": 12}, sampling="preview")
+    assert admitted(place, request).prompts[0].fps == 24
+
+
+def test_of_several_images_minimax_h3_takes_the_first(place: Path) -> None:
+    images = {"ctrl_img_2": base64_png(), "ctrl_img_3": base64_png(), "ctrl_img": base64_png()}
+    assert len(admitted(place, body(model="minimax_h3", prompt=images)).prompts[0].controls) == 1
+
+
+def test_high_resolution_is_of_one_model_and_not_of_its_previews(place: Path) -> None:
+    high = {"resolution": "High"}
+    assert admitted(place, body(model="ltx2.3", prompt=high)).prompts[0].resolution == "High"
+    for fields in ({"model": "ltx2"}, {"model": "ltx2.3", "sampling": "preview"}):
+        with pytest.raises(Refusal) as refusal:
+            admitted(place, body(prompt=high, **fields))
+        assert refusal.value.code == "RESOLUTION_NOT_SUPPORTED"
 
 
 def test_own_values_are_kept(place: Path) -> None:

@@ -276,6 +276,57 @@ def sdxl_original() -> Modules:
     }
 
 
+def ltx2(*, gated: bool) -> Modules:
+    """As the trainer writes it: the blocks of LTX-2, or of LTX-2.3, whose attentions are gated."""
+    modules: Modules = {}
+    for name, out, inner, context in (
+        ("attn1", 4096, 4096, 4096),
+        ("attn2", 4096, 4096, 4096),
+        ("audio_attn1", 2048, 2048, 2048),
+        ("audio_attn2", 2048, 2048, 2048),
+        ("audio_to_video_attn", 4096, 2048, 2048),
+        ("video_to_audio_attn", 2048, 2048, 4096),
+    ):
+        modules |= {f"{name}.to_q": (inner, out), f"{name}.to_out.0": (out, inner)}
+        modules |= {f"{name}.to_k": (inner, context), f"{name}.to_v": (inner, context)}
+        if gated:
+            modules[f"{name}.to_gate_logits"] = (32, out)
+    for name, h in (("ff", 4096), ("audio_ff", 2048)):
+        modules |= {f"{name}.net.0.proj": (4 * h, h), f"{name}.net.2": (h, 4 * h)}
+    return expand({f"transformer_blocks.{{48}}.{name}": shape for name, shape in modules.items()})
+
+
+LTX_2_AROUND: Modules = {
+    "patchify_proj": (4096, 128),
+    "audio_patchify_proj": (2048, 128),
+    "adaln_single.linear": (9 * 4096, 4096),
+    "prompt_adaln_single.emb.timestep_embedder.linear_2": (4096, 4096),
+    "av_ca_a2v_gate_adaln_single.linear": (4096, 4096),
+}
+"""Of LTX-2.3, by the original names."""
+
+
+def minimax_h3(adaln_inputs: int) -> Modules:
+    """As the trainer writes it; of the pruned base, whose AdaLN has 8 inputs, or of the whole one."""
+    block: Modules = {
+        "attn.qkv_proj": (3 * 7168, 5376),
+        "attn.out_proj": (5376, 7168),
+        "mlp.fc1": (2 * 14336, 5376),
+        "mlp.fc2": (5376, 14336),
+    }
+    refiner = {f"token_refiner.blocks.{{2}}.{name}": shape for name, shape in block.items()}
+    block["adaln_proj.linear"] = (18 * 5376, adaln_inputs)
+    return expand({f"blocks.{{50}}.{name}": shape for name, shape in block.items()} | refiner)
+
+
+H3_AROUND: Modules = {
+    "video_patch_proj": (5376, 96),
+    "condition_proj": (5376, 5120),
+    "time_embedder.proj_out": (2688, 5376),
+    "final_layer.audio_out": (32, 5376),
+    "final_layer.adaln_proj.linear": (2 * 5376, 2688),
+}
+
 FLUX = ("flux", "flux_kontext")
 FLEX = (*FLUX, "flex1", "flex2")
 ZIMAGE = ("zimage", "zimage_turbo", "zimage_deturbo")
@@ -374,6 +425,16 @@ LISTINGS: Mapping[str, Listing] = {
     "hidream, trainer": Listing(
         P, "lora_A", expand(hidream(), "diffusion_model."), ("hidream", "hidream_e1")
     ),
+    "ltx2, trainer": Listing(P, "lora_A", expand(ltx2(gated=False), "diffusion_model."), ("ltx2", "ltx2.3")),
+    "ltx2.3, trainer": Listing(P, "lora_A", expand(ltx2(gated=True), "diffusion_model."), ("ltx2.3",)),
+    "ltx2.3, trainer, LoKr": Listing(L, "lokr", expand(ltx2(gated=True), "diffusion_model."), ("ltx2.3",)),
+    "ltx2.3, original names": Listing(
+        P, "lora_A", expand(ltx2(gated=True) | LTX_2_AROUND, "diffusion_model."), ("ltx2.3",)
+    ),
+    "h3, trainer": Listing(P, "lora_A", expand(minimax_h3(8), "diffusion_model."), ("minimax_h3",)),
+    "h3, musubi-tuner": Listing(
+        K, "lora_down, alpha", flat(minimax_h3(2688) | H3_AROUND, "lora_unet_"), ("minimax_h3",)
+    ),
     "sd15, trainer": Listing(
         K,
         "lora_down, alpha",
@@ -401,6 +462,7 @@ COUNTS = {
     "qwen, trainer": 840,
     "krea2, trainer": 256,
     "hidream, trainer": 496,
+    "h3, trainer": 258,
     "sd15, peft": 192,
     "sdxl, trainer": 722,
 }

@@ -195,3 +195,38 @@ def test_wan_by_its_original_names() -> None:
     for prefix, flat in (("diffusion_model.", False), ("lora_unet_", True)):
         stems = [prefix + (name.replace(".", "_") if flat else name) for name in sorted(names)]
         assert {path for stem in stems for path in targets.find(stem).layers} == set(shapes)
+
+
+def test_minimax_h3_by_its_original_names(studio: Get, tmp_path: Path) -> None:
+    """One matrix makes query, key and value; gate and value are the other way round."""
+    used = studio("minimax_h3")
+    trainers = {
+        name: tensor
+        for name, tensor in load_file(used.loras / used.names[0]).items()
+        if "adaln_proj" not in name
+    }
+    ours = {}
+    for name, tensor in trainers.items():
+        stem, _, matrix = name.removeprefix("diffusion_model.").rpartition(".lora_")
+        stem = stem.replace("token_refiner.blocks", "token_refiner.refiner_blocks")
+        stem = re.sub(r"^blocks", "transformer_blocks", stem)
+        up = matrix.startswith("B")
+        if stem.endswith("attn.qkv_proj"):
+            parts = tensor.chunk(3) if up else (tensor,) * 3
+            paths = ("attn.to_q", "attn.to_k", "attn.to_v")
+        else:
+            parts = (torch.cat(tensor.chunk(2)[::-1]) if up and stem.endswith("fc1") else tensor,)
+            path = {"attn.out_proj": "attn.to_out.0", "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2"}
+            paths = (path[".".join(stem.split(".")[-2:])],)
+        for part, path in zip(parts, paths, strict=True):
+            ours[f"transformer.{'.'.join(stem.split('.')[:-2])}.{path}.lora_{matrix}"] = part
+    pictures_are_equal(used, tmp_path, ours, trainers)
+
+
+def test_adaln_of_minimax_h3_has_no_effect_and_no_warning(studio: Get, tmp_path: Path) -> None:
+    """Whatever its inputs are: files that were trained on the pruned model have 8."""
+    used = studio("minimax_h3")
+    whole = load_file(used.loras / used.names[0])
+    assert any("adaln_proj" in name for name in whole)
+    without = {name: tensor for name, tensor in whole.items() if "adaln_proj" not in name}
+    pictures_are_equal(used, tmp_path, whole, without)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
 from deployments.engine import Engine
+from deployments.rendering import Unwatched
 from tests.studio import Studio
 
 NewStudio = Callable[[str], Studio]
@@ -32,6 +34,8 @@ def in_bfloat16(new_studio: NewStudio, monkeypatch: pytest.MonkeyPatch) -> NewSt
         "hidream_e1",
         "hidream_o1",
         "omnigen2",
+        "ltx2",
+        "minimax_h3",
     ],
 )
 def test_rotary_frequencies(in_bfloat16: NewStudio, model: str) -> None:
@@ -60,3 +64,23 @@ def test_the_latents_of_krea_2(in_bfloat16: NewStudio, monkeypatch: pytest.Monke
     monkeypatch.setattr(pipeline.scheduler, "step", watch)
     used.picture(steps=2)
     assert seen == [(torch.float32, torch.float32, False)] * 2
+
+
+def test_high_resolution_and_sound(in_bfloat16: NewStudio) -> None:
+    """The parts hand over to each other in their dtypes; the sound is float32 in the end."""
+    used = in_bfloat16("ltx2.3")
+    made = used.engine.render(used.prompt(resolution="High"), [], Unwatched())
+    assert made.pixels.shape == (1, 128, 192, 3)
+    assert made.sound is not None
+    assert made.sound.samples.dtype == np.float32
+
+
+def test_the_ends_of_minimax_h3(in_bfloat16: NewStudio) -> None:
+    """Its first and last layers and the sound's decoder, as it was trained."""
+    used = in_bfloat16("minimax_h3")
+    used.picture()
+    parts = used.engine._pipeline.components
+    assert {parameter.dtype for parameter in parts["audio_vae"].parameters()} == {torch.float32}
+    assert parts["transformer"].proj_in.weight.dtype == torch.float32
+    assert parts["transformer"].proj_out.weight.dtype == torch.float32
+    assert parts["transformer"].transformer_blocks[0].attn.to_q.weight.dtype == torch.bfloat16
