@@ -12,6 +12,8 @@ ELSEWHERE = {
     20: "deployments/loras/test_header.py::test_broken_files",
     31: "parity/test_goldens.py::test_golden",
     36: "cluster/test_net.py::test_the_connection_goes_to_the_address_that_was_checked",
+    40: "serve_app/test_webhooks.py::test_bad_webhooks_are_refused_and_nothing_is_stored",
+    41: "serve_app/test_webhooks.py::test_a_receiver_that_fails_is_told_again_and_redelivery_begins_anew",
     48: "serve_app/test_bounds.py::test_a_body_without_length_is_cut_off_while_it_streams",
     49: "serve_app/test_request_types.py::test_a_bad_prompt_field_is_a_422_that_names_it",
     50: "deployments/test_claiming.py::test_out_of_memory_is_tried_once_more",

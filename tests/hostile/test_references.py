@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from tests.hostile.conftest import LORA, SECRET, Stage, request
-from tests.service import finished
 
 OUTSIDE = {
     "4 above": "../outside.safetensors",
@@ -105,13 +104,3 @@ def test_urls_that_are_never_fetched(stage: Stage, name: str) -> None:
     assert answer["lora_path"] == url.split("://")[0] + "://***"
     assert answer["reason"].endswith(".")
     assert stage.refused(request(prompt={"ctrl_img": url})) == (400, "URL_NOT_ALLOWED")
-
-
-@pytest.mark.parametrize("field", ["webhook", "webhook_url", "callback_url"])
-def test_40_and_41_there_are_no_webhooks(stage: Stage, field: str) -> None:
-    """The field is unknown: named in a warning, and nobody calls."""
-    url = stage.site.url(f"/{field}")
-    answer = stage.service.post(request(**{field: url})).json()
-    assert answer["warnings"] == [f"Unknown fields were ignored: '{field}'."]
-    assert finished(stage.service.client, answer["request_id"])["status"] == "succeeded"
-    assert stage.site.count(f"/{field}") == 0

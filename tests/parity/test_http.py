@@ -52,7 +52,7 @@ def post(client: httpx.Client, case: Case) -> str:
 
 
 def check(client: httpx.Client, case: Case, job_id: str) -> None:
-    status = finished(client, job_id, timeout_s=400)
+    status = finished(client, job_id, timeout_s=900)
     assert status["status"] == "succeeded", status
     result = client.get(f"/v1/requests/{job_id}/result").json()
     images, videos = result["outputs"]["images"], result["outputs"]["videos"]
@@ -111,6 +111,7 @@ def check_sound(ours: tuple[str, Sound] | None, encoded: tuple[str, Sound] | Non
     assert lost < 1.1 * lost_of_golden
 
 
+@pytest.mark.timeout(1200)
 def test_every_id_through_the_committed_config(tmp_path: Path, checkpoints: Path) -> None:
     """All models share two cores: replicas come from zero, and idle ones make room for those that wait."""
     port = free_port()

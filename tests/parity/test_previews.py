@@ -17,7 +17,7 @@ Get = Callable[[str], Studio]
 
 DIFFERENT = {"lumina2", "sd15", "zimage", "zimage_turbo", "zimage_deturbo"}
 DIFFERENT |= {"qwen_image_edit", "qwen_image_edit_plus", "qwen_image_edit_plus_2511"}
-DIFFERENT |= {"krea2_o_edit", "krea2_o_edit_turbo", "omnigen2"}
+DIFFERENT |= {"krea2_o_edit", "krea2_o_edit_turbo", "omnigen2", "hidream_e1"}
 DIFFERENT |= {row.id for row in CATALOG.values() if row.video} - {"minimax_h3"}
 """Ids whose previews are others at every size and without a negative prompt or flags."""
 

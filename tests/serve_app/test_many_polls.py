@@ -41,7 +41,8 @@ class Gateway:
 def gateway(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     folder, port = tmp_path_factory.mktemp("polls"), free_port()
     (folder / "loras").mkdir()
-    save_file({"a.lora_A.weight": np.ones((2, 4), np.float32)}, folder / "loras" / "style.safetensors")
+    pair = {"a.lora_A.weight": np.ones((2, 4), np.float32), "a.lora_B.weight": np.ones((4, 2), np.float32)}
+    save_file(pair, folder / "loras" / "style.safetensors")
     config = yaml.safe_load(edited_config(["flux"], port))
     config["applications"] = config["applications"][:1]  # No worker is needed.
     jobs = f"sqlite:///{folder}/jobs.db"
