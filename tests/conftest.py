@@ -27,14 +27,6 @@ for secret in ("API_KEYS", "API_KEYS_FILE", "SECRET_KEY", "WEBHOOK_SECRET"):
     os.environ.pop(secret, None)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep each file's tests in one process, and those that start Ray (the group `services`) as well."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
-
-
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of `org--name` folders: tiny checkpoints of every repository that the parity cases load."""

@@ -21,7 +21,7 @@ from tests.faults.service import MODELS, Service, body, kill_unless_last_attempt
 from tests.s3 import Proxy, delayed, passed_on, refused, reset_after_sending
 from tests.service import finished, replica_pids, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("services")]
+pytestmark = pytest.mark.slow
 
 KILLS = 10
 

@@ -24,7 +24,7 @@ from tests.parity.cases import FOLDER
 from tests.s3 import BUCKET, S3Server
 from tests.service import free_port, serve_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("services")]
+pytestmark = pytest.mark.slow
 
 LEASE_S = 8.0
 

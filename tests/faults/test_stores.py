@@ -24,7 +24,7 @@ from tests.faults.service import MODELS, Service, body, kill_all, long_body, ser
 from tests.service import descendants, replica_pids, wait_until
 from tests.web import Site, serving_site
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("services")]
+pytestmark = pytest.mark.slow
 
 LEASE_S = 12.0
 """Long enough to tell an absence that a run survives from one that it does not."""

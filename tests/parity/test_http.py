@@ -21,7 +21,7 @@ from tests.parity.cases import MODELS, Case, load_cases, load_previews
 from tests.service import finished, free_port, serve_run, submit
 from tests.videos import read_mp4, read_sound
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("services")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,7 +18,7 @@ from tests.cluster.tables import locked
 from tests.serve_app.conftest import body
 from tests.service import edited_config, free_port, serve_run, submit
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("services")]
+pytestmark = pytest.mark.slow
 
 POLLS = 500
 SOON_S = 15.0

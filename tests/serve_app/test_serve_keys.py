@@ -20,7 +20,6 @@ PROMPT = "Pr9mpt of nobody else"
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("services")
 def test_no_log_of_the_cluster_holds_a_secret_or_prompt(tmp_path: Path) -> None:
     port = free_port()
     config = yaml.safe_load(edited_config(["flux"], port))

@@ -25,7 +25,7 @@ from tests.s3 import BUCKET, S3Server
 from tests.service import edited_config, finished, free_port, replica_pids, serve_run, submit, wait_until
 from tests.web import serving_site
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("services")]
+pytestmark = pytest.mark.slow
 
 LORA = FOLDER / "flux" / "lora" / "tiny_a.safetensors"
 
