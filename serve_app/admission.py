@@ -5,26 +5,18 @@ Blocking, and free of HTTP: the gateway runs it in a thread, `lora-serve render`
 
 from __future__ import annotations
 
-import re
 import secrets
-from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
 
-from cluster.jobs import JobFailure
 from cluster.objects import ObjectStore, content_key
 from cluster.secrets import can_seal
 from cluster.urls import UrlRefused, check_url, parse_hosts, parse_url
 from deployments.catalog import CATALOG, ModelSpec
 from deployments.catalog.choices import Choice
-from deployments.loras.header import read_header
-from deployments.loras.links import check, parse
-from deployments.loras.modules import judge
-from deployments.loras.references import LoraReferenceError, resolve
 from deployments.media import ImageRejected, ImageTooLarge, decode_base64, decode_control
 from deployments.render import LoraSpec, PromptSpec, RenderSpec, bare
 from serve_app.errors import Code, Refusal
+from serve_app.lora_rules import URL, check_loras
 from serve_app.prompt_rules import FlagError, Flags, read_prompt
 from serve_app.schemas import InferenceRequest, LoraItem, PromptItem
 from serve_app.settings import Settings
@@ -35,8 +27,6 @@ FIRST_SEED = 42
 
 RANDOM_SEEDS = 2**31 - 1
 """Seed -1 draws below this, as in the reference server."""
-
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://")
 
 _NAMED_FIELDS = 20
 
@@ -54,7 +44,7 @@ def admit(
     if row is None:
         raise Refusal(Code.MODEL_NOT_FOUND, supported_models=list(CATALOG))
     model = row.sampled(request.sampling or "reference")
-    references = _check_loras(request, model, settings)
+    references = check_loras(request, model, settings)
     choices = [model.control_images.choose(prompt.control_images) for prompt in request.prompts]
     _check_control_images_are_there(choices, model)
     _check_bounds(request, choices, model, settings)
@@ -74,73 +64,6 @@ def admit(
         output_format=request.output_format or model.formats[0],
         warnings=tuple(_warnings(request, choices, model)),
     )
-
-
-def _check_loras(request: InferenceRequest, model: ModelSpec, settings: Settings) -> list[str]:
-    """Return the reference of each LoRA in its one form."""
-    if not request.loras:
-        raise _lora_refusal(Code.LORA_FILE_REQUIRED, request)
-    experts = Counter(lora.transformer for lora in request.loras)
-    if model.experts and None in experts:
-        raise _lora_refusal(Code.MOE_FORMAT_REQUIRED, request)
-    if not model.experts and set(experts) != {None}:
-        raise _lora_refusal(Code.MOE_FORMAT_NOT_SUPPORTED, request)
-    most = settings.max_loras.get(model.id, 1)
-    if max(experts.values()) > most:
-        single = Code.SINGLE_MOE_CONFIG_ONLY if model.experts else Code.SINGLE_LORA_ONLY
-        raise _lora_refusal(single if most == 1 else Code.TOO_MANY_LORAS, request)
-    return _check_lora_files(request, model, settings)
-
-
-def _lora_refusal(code: Code, request: InferenceRequest) -> Refusal:
-    fields = {"path", "transformer", "network_multiplier"}
-    return Refusal(
-        code, loras=[lora.model_dump(include=fields) | {"path": shown(lora.path)} for lora in request.loras]
-    )
-
-
-def shown(path: str) -> str:
-    """Return what an answer may repeat of a reference: of a URL only the scheme, the rest may be secret."""
-    url = _URL.match(path)
-    return f"{url[0]}***" if url else path
-
-
-def _check_lora_files(request: InferenceRequest, model: ModelSpec, settings: Settings) -> list[str]:
-    references, missing = [], []
-    for lora in request.loras:
-        try:
-            references.append(_check_lora_file(lora.path, settings))
-        except Refusal as refusal:
-            if refusal.code != Code.LORA_NOT_FOUND.name or not model.experts:
-                raise
-            missing.append(shown(lora.path))
-    if missing:
-        raise Refusal(Code.LORA_NOT_FOUND, missing_files=missing)
-    return references
-
-
-def _check_lora_file(path: str, settings: Settings) -> str:
-    try:
-        remote = parse(path)
-        if remote is not None:
-            check(remote, parse_hosts(settings.fetch_hosts), settings.fetch_buckets)
-            return remote.text
-        file = resolve(settings.loras, path)
-        status = file.stat()
-        _check_header(file, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    except (LoraReferenceError, JobFailure) as error:
-        raise Refusal(Code[error.code], lora_path=shown(path), reason=str(error)) from error
-    except OSError as error:
-        raise Refusal(
-            Code.LORA_NOT_FOUND, lora_path=shown(path), reason="The file cannot be read."
-        ) from error
-    return path
-
-
-@lru_cache(maxsize=65_536)
-def _check_header(file: Path, _device: int, _inode: int, _size: int, _mtime_ns: int) -> None:
-    """Judge a LoRA by its header, which takes milliseconds: once while inode, size and time stay the same."""
-    judge(read_header(file))
 
 
 def _check_control_images_are_there(choices: Sequence[Choice], model: ModelSpec) -> None:
@@ -199,7 +122,7 @@ def _decode_controls(
         return []
     decoded: list[tuple[str, bytes | None]] = []
     for image in choice.images:
-        if image.startswith("http") or _URL.match(image):
+        if image.startswith("http") or URL.match(image):
             decoded.append((_check_control_url(image, index, settings), None))
             continue
         try:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from cluster.jobs import JobFailure
 from cluster.net import Fetcher
 from cluster.pace import Limits
 from cluster.urls import parse_hosts
 from deployments.loras.inspection import Inspection, inspect, inspect_file
 from deployments.loras.links import parse
-from deployments.loras.references import LoraReferenceError, resolve
+from deployments.loras.references import resolve
 from deployments.loras.store import LoraStore
-from serve_app.admission import shown
-from serve_app.errors import Code, Refusal
+from serve_app.lora_rules import refused_lora
 from serve_app.settings import Settings
 
 if TYPE_CHECKING:
@@ -35,16 +33,11 @@ class Inspector:
 
         `token` is for the hub and wins over the server's own. Raises `Refusal`.
         """
-        try:
+        with refused_lora(reference):
             remote = parse(reference)
             if remote is None:
                 return inspect_file(resolve(self._settings.loras, reference))
             return inspect(self._loras.peek(remote, token))
-        except (LoraReferenceError, JobFailure) as error:
-            raise Refusal(Code[error.code], lora_path=shown(reference), reason=str(error)) from error
-        except OSError as error:
-            reason = "The file cannot be read."
-            raise Refusal(Code.LORA_NOT_FOUND, lora_path=shown(reference), reason=reason) from error
 
     @cached_property
     def _loras(self) -> Loras:

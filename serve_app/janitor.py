@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from cluster.objects import ObjectStore
 from cluster.queue import JobQueue
@@ -17,8 +17,21 @@ SWEEP_S = 1.0
 EXPIRE_S = 60.0
 """Pause between two looks for jobs that are old enough to be removed, in seconds."""
 
-BATCH = 100
+DAY_S = 86_400.0
+
+BATCH = 20
 """Jobs that are removed at a time."""
+
+
+def remove_old(queue: JobQueue, store: ObjectStore, age_s: float) -> Iterator[int]:
+    """Remove jobs that ended `age_s` seconds ago with their objects; yields the number of each batch.
+
+    Objects go first: after a crash their row still leads to them.
+    """
+    while ids := queue.expired(age_s, BATCH):
+        for job_id in ids:
+            store.delete(job_id)
+        yield queue.forget(ids)
 
 
 class Janitor:
@@ -57,10 +70,6 @@ class Janitor:
                 logger.exception("the janitor failed; it tries again")
 
     def _expire(self) -> None:
-        """Remove old jobs batch by batch. Objects go first: after a crash their row still leads to them."""
-        while ids := self._queue.expired(self._retention_s, BATCH):
-            for job_id in ids:
-                if self._closed.is_set():
-                    return
-                self._store.delete(job_id)
-            self._queue.forget(ids)
+        for _ in remove_old(self._queue, self._store, self._retention_s):
+            if self._closed.is_set():
+                return

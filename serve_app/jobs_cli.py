@@ -16,11 +16,10 @@ from cluster.database import jobs_url
 from cluster.jobs import Job, JobState, NewJob, StoreUnavailable
 from cluster.objects import StoreError, open_store
 from cluster.queue import JobQueue
+from serve_app.janitor import DAY_S, remove_old
 from serve_app.settings import Settings
 
 app = typer.Typer(help="List, show, cancel, requeue and purge jobs.", no_args_is_help=True)
-
-DAY_S = 86_400.0
 
 Ids = Annotated[list[str], typer.Argument(help="Ids of requests.", show_default=False)]
 
@@ -102,12 +101,9 @@ def purge(
     older_than_days: Annotated[float, typer.Option(min=0, help="Jobs that ended so long ago.")],
 ) -> None:
     """Remove ended jobs with their pictures now, as gateways do after retention_days."""
-    store, gone = open_store(Settings().outputs), 0
+    store = open_store(Settings().outputs)
     with _queue() as queue:
-        while ids := queue.expired(older_than_days * DAY_S):
-            for job_id in ids:
-                store.delete(job_id)
-            gone += queue.forget(ids)
+        gone = sum(remove_old(queue, store, older_than_days * DAY_S))
     typer.echo(f"{gone} jobs removed")
 
 

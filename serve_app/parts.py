@@ -18,7 +18,7 @@ from cluster.objects import ObjectStore, open_store
 from cluster.queue import JobQueue
 from serve_app.backlog import Backlog
 from serve_app.inspection import Inspector
-from serve_app.janitor import Janitor
+from serve_app.janitor import DAY_S, Janitor
 from serve_app.settings import GatewayArgs
 from serve_app.waiting import Waiting
 from serve_app.webhooks import Sender
@@ -32,8 +32,6 @@ PICTURE_THREADS = 2
 
 INSPECTIONS = 4
 """LoRAs that are inspected at a time: one from elsewhere keeps a thread for up to 20 s."""
-
-_DAY_S = 86_400.0
 
 Returned = TypeVar("Returned")
 
@@ -68,7 +66,7 @@ async def open_parts(settings: GatewayArgs, signer: Webhook | None) -> AsyncIter
         store = await asyncio.to_thread(open_store, settings.outputs)
         opened = partial(open_queue, jobs_url(settings.jobs), run_timeout_s=settings.inference_timeout_s)
         queue = stack.enter_context(closing(await asyncio.to_thread(opened)))
-        stack.enter_context(closing(Janitor(queue, store, settings.retention_days * _DAY_S)))
+        stack.enter_context(closing(Janitor(queue, store, settings.retention_days * DAY_S)))
         if signer is not None:
             stack.enter_context(closing(Sender(queue.outbox, signer, settings)))
         yield Parts(

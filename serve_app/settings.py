@@ -72,9 +72,7 @@ class Settings(BaseSettings):
     inference_timeout_s: Annotated[float, Field(validation_alias="INFERENCE_TIMEOUT", gt=0)] = 3600.0
 
     # By model id; one where nothing is said, as in the reference server.
-    max_loras: Annotated[
-        dict[str, Annotated[int, Field(ge=1, le=MAX_ITEMS)]], AfterValidator(_are_models)
-    ] = {}
+    max_loras: Annotated[dict[str, Count], AfterValidator(_are_models)] = {}
     max_prompts: Count = 100
     max_prompt_chars: Annotated[int, Field(ge=1)] = 10_000
     max_image_pixels: Annotated[int, Field(ge=1)] = 2 * 4096 * 4096

@@ -123,8 +123,12 @@ def test_z_image_guides_above_zero(studio: Get, model: str) -> None:
 def test_what_is_past_the_prompt_limit_has_no_effect(studio: Get, model: str, tokens: int) -> None:
     used = studio(model)
     long = "a " * tokens
-    assert equal(used.render({}, prompt=long + "cat"), used.render({}, prompt=long + "dog in the snow"))
-    assert not equal(used.render({}, prompt="a cat"), used.render({}, prompt="a dog in the snow"))
+    longer = used.render({}, prompt=long + "dog in the snow")
+    # Not to the bit: some encoders read the longer text, and sums over it are grouped otherwise.
+    assert largest_difference(used.render({}, prompt=long + "cat"), longer) <= 1
+    assert (
+        largest_difference(used.render({}, prompt="a cat"), used.render({}, prompt="a dog in the snow")) > 1
+    )
 
 
 @pytest.mark.slow

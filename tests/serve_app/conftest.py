@@ -55,12 +55,17 @@ def kontext_body(**prompt: Any) -> dict[str, Any]:
     return body(model="flux_kontext", prompt={"ctrl_img": base64_png(), **prompt})
 
 
+def save_pair(path: Path) -> None:
+    """Write the smallest LoRA that a gateway admits."""
+    pair = {"a.lora_A.weight": np.ones((2, 4), np.float32), "a.lora_B.weight": np.ones((4, 2), np.float32)}
+    save_file(pair, path)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for `admitted`: the LoRA root."""
     folder = tmp_path_factory.mktemp("admission")
-    pair = {"a.lora_A.weight": np.ones((2, 4), np.float32), "a.lora_B.weight": np.ones((4, 2), np.float32)}
-    save_file(pair, folder / "style.safetensors")
+    save_pair(folder / "style.safetensors")
     return folder
 
 
@@ -159,8 +164,7 @@ def serving(folder: Path, **changes: Any) -> Iterator[Service]:
     """Run a gateway on stores and a LoRA root below `folder`; they may be there from an earlier one."""
     loras = folder / "loras"
     loras.mkdir(exist_ok=True)
-    pair = {"a.lora_A.weight": np.ones((2, 4), np.float32), "a.lora_B.weight": np.ones((4, 2), np.float32)}
-    save_file(pair, loras / "style.safetensors")
+    save_pair(loras / "style.safetensors")
     settings = GatewayArgs.model_validate(
         {
             "jobs": f"sqlite:///{folder}/jobs.db",

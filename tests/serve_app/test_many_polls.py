@@ -8,14 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import httpx
-import numpy as np
 import pytest
 import yaml
-from safetensors.numpy import save_file
 
 from tests.benchmarks.load import Answers, drive, http
 from tests.cluster.tables import locked
-from tests.serve_app.conftest import body
+from tests.serve_app.conftest import body, save_pair
 from tests.service import edited_config, free_port, serve_run, submit
 
 pytestmark = pytest.mark.slow
@@ -41,8 +39,7 @@ class Gateway:
 def gateway(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     folder, port = tmp_path_factory.mktemp("polls"), free_port()
     (folder / "loras").mkdir()
-    pair = {"a.lora_A.weight": np.ones((2, 4), np.float32), "a.lora_B.weight": np.ones((4, 2), np.float32)}
-    save_file(pair, folder / "loras" / "style.safetensors")
+    save_pair(folder / "loras" / "style.safetensors")
     config = yaml.safe_load(edited_config(["flux"], port))
     config["applications"] = config["applications"][:1]  # No worker is needed.
     jobs = f"sqlite:///{folder}/jobs.db"

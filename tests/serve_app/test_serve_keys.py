@@ -6,12 +6,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from safetensors.numpy import save_file
 
-from tests.serve_app.conftest import body
+from tests.serve_app.conftest import body, save_pair
 from tests.service import edited_config, free_port, serve_run, submit
 
 KEY, SECRET_KEY, TOKEN = "Sg7key" * 4, "Sg7master" * 4, "hf_Sg7token" * 3
@@ -25,8 +23,7 @@ def test_no_log_of_the_cluster_holds_a_secret_or_prompt(tmp_path: Path) -> None:
     config = yaml.safe_load(edited_config(["flux"], port))
     config["applications"] = config["applications"][:1]  # No worker is needed.
     (tmp_path / "loras").mkdir()
-    pair = {"a.lora_A.weight": np.ones((2, 4), np.float32), "a.lora_B.weight": np.ones((4, 2), np.float32)}
-    save_file(pair, tmp_path / "loras" / "style.safetensors")
+    save_pair(tmp_path / "loras" / "style.safetensors")
     ray_folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
     path = "https://files.example/style.safetensors?sig=Sg7query"
     request = body(hf_token=TOKEN, lora={"path": path}, prompt={"prompt": PROMPT})
