@@ -28,21 +28,22 @@ from deployments.classes import make_scheduler, named, pipeline_class, with_part
 from deployments.loras.adapters import Adapters
 from deployments.loras.references import LoraFile, digest
 from deployments.media import Media
+from deployments.offload import OFFLOADS, place
 from deployments.progress import Observer, Progress
 from deployments.render import PromptSpec, Sampling
+from deployments.tiling import tiled_decode
 from deployments.videos import Sound
 
 ADAPTER_BYTES = 8 * 2**30
 """Default room for resident adapters on the device: about 50 of rank 16 for FLUX.1 in bfloat16."""
 
-OFFLOADS = ("none", "model", "group", "sequential")
-
 
 class Engine:
     """One model's pipeline on one device. For one thread only.
 
-    `device` is "cpu" or "cuda"; `offload` is diffusers' own (one of `OFFLOADS`) and does nothing on the CPU;
-    `adapter_bytes` bounds the resident adapters, of which those in use are never dropped.
+    `device` is "cpu" or "cuda"; `offload` (one of `OFFLOADS`) does nothing on the CPU; with `vae_tiling` what
+    is larger than a tile is decoded in tiles; `adapter_bytes` bounds the resident adapters, of which those in
+    use are never dropped.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Engine:
         *,
         device: str,
         offload: str = "none",
+        vae_tiling: bool = False,
         adapter_bytes: int = ADAPTER_BYTES,
     ) -> None:
         if offload not in OFFLOADS:
@@ -59,7 +61,9 @@ class Engine:
         self.spec = spec
         self._checkpoints = checkpoints
         self._device = torch.device(device)
-        self._offload = offload
+        # The device's memory is the host's there.
+        self._offload = "none" if device == "cpu" else offload
+        self._vae_tiling = vae_tiling
         self._adapter_bytes = adapter_bytes
         self._pipeline: Any = None
         self._image_pipeline: Any = None
@@ -87,10 +91,13 @@ class Engine:
             pipeline.scheduler = make_scheduler(*self.spec.scheduler)
         if self.spec.adjust:
             self._family_function(self.spec.adjust)(pipeline)
-        self._place(pipeline)
+        place(pipeline, self._device, self._offload)
         self._pipeline = self._image_pipeline = pipeline
         if self.spec.image_pipeline:
             self._image_pipeline = with_parts_of(pipeline, self.spec.image_pipeline)
+            if self._offload == "model":
+                # Who calls the parts sends the last one back to the host.
+                place(self._image_pipeline, self._device, self._offload)
         for each in {self._pipeline, self._image_pipeline}:
             each.set_progress_bar_config(disable=True)
         self._adapters = Adapters(pipeline, self._device, self._adapter_bytes, self.spec.experts)
@@ -110,7 +117,9 @@ class Engine:
         """
         pipeline = self._pipeline_for(controls)
         progress = Progress(observer)
-        with torch.inference_mode(), progress.of_pieces(pipeline.components.get("vae")):
+        vae = pipeline.components.get("vae")
+        tiled = tiled_decode(vae) if vae and self._vae_tiling else nullcontext()
+        with torch.inference_mode(), progress.of_pieces(vae), tiled:
             arguments = self._arguments(prompt, controls)
             with self._sampled(pipeline, prompt.sampling, arguments):
                 if prompt.resolution == "High" and self.spec.high:
@@ -152,6 +161,7 @@ class Engine:
             "device": torch.cuda.get_device_name(self._device) if cuda else self._device.type,
             "dtype": str(self._dtype).removeprefix("torch."),
             "offload": self._offload,
+            "vae_tiling": self._vae_tiling,
         }
 
     def _render_high(
@@ -216,29 +226,9 @@ class Engine:
         return part_class.from_pretrained(located.directory, local_files_only=True, **options)
 
     @property
-    def _stays(self) -> bool:
-        """Whether every part lives on the device."""
-        return self._device.type == "cpu" or self._offload == "none"
-
-    @property
     def _loading(self) -> dict[str, str]:
         """Where weights are read to: straight to the device, with no copy in host memory before."""
-        return {"device_map": self._device.type} if self._stays else {}
-
-    def _place(self, pipeline: Any) -> None:  # noqa: ANN401 - any diffusers pipeline
-        if self._stays:
-            # What is here already stays; an adjusted pipeline may hold more than was loaded.
-            pipeline.to(self._device)
-        elif self._offload == "model":
-            pipeline.enable_model_cpu_offload(device=self._device)
-        elif self._offload == "group":
-            # The next layer comes on a stream of its own while one computes; pinned as it goes, or host
-            # memory would hold every weight twice.
-            pipeline.enable_group_offload(
-                self._device, offload_type="leaf_level", use_stream=True, low_cpu_mem_usage=True
-            )
-        else:
-            pipeline.enable_sequential_cpu_offload(device=self._device)
+        return {"device_map": self._device.type} if self._offload == "none" else {}
 
     @contextmanager
     def _sampled(self, pipeline: Any, sampling: Sampling, arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401

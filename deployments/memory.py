@@ -21,6 +21,9 @@ def needed_gib(spec: ModelSpec) -> Mapping[str, float]:
     room = CONTEXT_GIB + spec.activations_gib
     return {
         "none": room + sum(spec.memory_gib.values()),
+        "text": room
+        + LAYERS_GIB
+        + sum(gib for part, gib in spec.memory_gib.items() if not encodes_text(part)),
         "model": room + max(spec.memory_gib.values()),
         "group": room + LAYERS_GIB,
         "sequential": room + LAYERS_GIB,
@@ -30,3 +33,8 @@ def needed_gib(spec: ModelSpec) -> Mapping[str, float]:
 def fastest_offload(spec: ModelSpec, gpu_gib: float) -> str | None:
     """Return the fastest offload mode that a GPU with this much memory has room for, or None."""
     return next((mode for mode, gib in needed_gib(spec).items() if gib <= gpu_gib), None)
+
+
+def encodes_text(part: str) -> bool:
+    """Whether the part of this name reads the prompt, and then waits until the next one."""
+    return part.startswith("text_encoder") or part == "mllm"

@@ -49,10 +49,9 @@ class Progress:
 
     @contextmanager
     def of_pieces(self, vae: Any) -> Iterator[None]:  # noqa: ANN401 - a VAE, or None
-        """Tell of each piece that a VAE has done: it takes no callback, and a video keeps it for minutes."""
-        parts = [getattr(vae, name, None) for name in ("encoder", "decoder")]
-        modules = [part for part in parts if isinstance(part, torch.nn.Module)]
-        handles = [module.register_forward_hook(lambda *_: self._enter(self._phase)) for module in modules]
+        """Tell of each layer that a VAE has done: it takes no callback, and a video keeps it for minutes."""
+        layers = vae.modules() if isinstance(vae, torch.nn.Module) else ()
+        handles = [layer.register_forward_hook(lambda *_: self._enter(self._phase)) for layer in layers]
         try:
             yield
         finally:

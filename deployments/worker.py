@@ -46,6 +46,7 @@ class WorkerConfig(BaseModel):
     model_cache: Path | None
     device: str
     offload: str
+    vae_tiling: tuple[str, ...]
     inference_timeout_s: float
     lease_s: float
     adapter_bytes: int
@@ -81,6 +82,7 @@ class Worker:
             Checkpoints(config.checkpoints, config.model_cache),
             device=config.device,
             offload=config.offload,
+            vae_tiling=model in config.vae_tiling,
             adapter_bytes=config.adapter_bytes,
         )
         fetcher = Fetcher(parse_hosts(config.fetch_hosts))

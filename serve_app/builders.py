@@ -62,6 +62,7 @@ def models(args: ModelsArgs) -> Application:
         model_cache=args.model_cache,
         device=device,
         offload=args.offload,
+        vae_tiling=args.vae_tiling,
         inference_timeout_s=args.inference_timeout_s,
         lease_s=args.lease_s,
         adapter_bytes=args.adapter_bytes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from deployments.catalog import CATALOG
 from deployments.memory import fastest_offload, needed_gib
 
-_MODES = ("none", "model", "group")
+_MODES = ("none", "text", "model", "group")
 
 
 def models_table(gpu_gib: float | None) -> str:

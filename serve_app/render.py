@@ -115,7 +115,13 @@ def _engine(model: str, settings: Settings, engines: dict[str, Engine]) -> Engin
         checkpoints = Checkpoints(settings.checkpoints, settings.model_cache)
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = auto if settings.device == "auto" else settings.device
-        engine = Engine(CATALOG[model], checkpoints, device=device, offload=settings.offload)
+        engine = Engine(
+            CATALOG[model],
+            checkpoints,
+            device=device,
+            offload=settings.offload,
+            vae_tiling=model in settings.vae_tiling,
+        )
         engine.load()
         engines[model] = engine
     return engines[model]

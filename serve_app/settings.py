@@ -67,8 +67,10 @@ class Settings(BaseSettings):
     model_cache: Annotated[Path | None, Field(validation_alias="MODEL_CACHE_DIR")] = None
     device: Annotated[Literal["auto", "cuda", "cpu"], Field(validation_alias="DEVICE")] = "auto"
     offload: Annotated[
-        Literal["none", "model", "group", "sequential"], Field(validation_alias="OFFLOAD_MODE")
+        Literal["none", "text", "model", "group", "sequential"], Field(validation_alias="OFFLOAD_MODE")
     ] = "none"
+    # By model id: decode in tiles what is larger than one.
+    vae_tiling: Annotated[Names, AfterValidator(_are_models), Field(validation_alias="VAE_TILING")] = ()
     inference_timeout_s: Annotated[float, Field(validation_alias="INFERENCE_TIMEOUT", gt=0)] = 3600.0
 
     # By model id; one where nothing is said, as in the reference server.

@@ -84,6 +84,7 @@ ROWS = (
             "audio_vae": 0.1,
             "vocoder": 0.1,
         },
+        activations_gib=6.0,
         licence="ltx-2-community-license",
         preview=Preview(differs=_PREVIEW_DIFFERS, fields=_PREVIEW),
     ),
@@ -120,6 +121,7 @@ ROWS = (
             "audio_vae": 0.1,
             "vocoder": 0.3,
         },
+        activations_gib=6.0,
         licence="ltx-2-community-license",
         preview=Preview(
             differs=_PREVIEW_DIFFERS + " Guidance has three more terms, on at any `guidance_scale`.",

@@ -55,6 +55,7 @@ ROWS = (
         guidance=1.0,
         divisor=32,
         memory_gib={"transformer": 61.7, "text_encoder": 49.7, "vae": 4.8, "audio_vae": 0.6},
+        activations_gib=8.0,
         licence="minimax-community",
         preview=Preview(
             differs="The text encoder sees the control image at its own size, and the first 512 tokens of a"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from deployments.render import PromptSpec
+from deployments.tiling import tiled_decode
 
 _TEXT_TOKENS = 512 + 5
 """512 of the prompt; diffusers counts the five that follow it too."""
@@ -44,14 +45,9 @@ def guided_arguments(prompt: PromptSpec, encode: Callable[[str], tuple[Tensor, T
     return arguments
 
 
-@contextmanager
-def tiled_decode(pipeline: Any, _arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
+def trainer_s_tiles(pipeline: Any, _arguments: dict[str, Any]) -> AbstractContextManager[None]:  # noqa: ANN401
     """Decode in tiles of 256 pixels, 192 apart."""
-    pipeline.vae.enable_tiling()
-    try:
-        yield
-    finally:
-        pipeline.vae.disable_tiling()
+    return tiled_decode(pipeline.vae)
 
 
 def _narrow(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  # noqa: ANN401

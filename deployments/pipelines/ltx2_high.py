@@ -11,6 +11,7 @@ from diffusers.pipelines.ltx2.pipeline_output import LTX2PipelineOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from deployments.progress import Progress
+from deployments.tiling import tiled_decode
 
 _SIGMAS = (0.909375, 0.725, 0.421875)
 """Of the steps that refine, as the reference server has them; the noise begins at the first."""
@@ -58,9 +59,8 @@ def _refining(pipeline: Any) -> Iterator[None]:  # noqa: ANN401 - any diffusers 
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
         own.config, use_dynamic_shifting=False, shift_terminal=None
     )
-    pipeline.vae.enable_tiling()
     try:
-        yield
+        with tiled_decode(pipeline.vae):
+            yield
     finally:
-        pipeline.vae.disable_tiling()
         pipeline.scheduler = own

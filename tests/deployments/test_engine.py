@@ -15,7 +15,8 @@ from PIL import Image
 from cluster.jobs import FailureCode, JobFailure
 from deployments.catalog import CATALOG
 from deployments.checkpoints import Checkpoints
-from deployments.engine import OFFLOADS, Engine
+from deployments.engine import Engine
+from deployments.offload import OFFLOADS
 from deployments.tiny import TINY_FLUX, materialize
 from tests.parity.cases import MODELS
 from tests.studio import Studio
@@ -62,7 +63,7 @@ def test_offload_does_nothing_on_the_cpu(studio: Get, checkpoints: Path, offload
 
 
 def test_an_unknown_offload_is_refused(checkpoints: Path) -> None:
-    with pytest.raises(ValueError, match="none, model, group, sequential"):
+    with pytest.raises(ValueError, match="none, text, model, group, sequential"):
         Engine(CATALOG["sd15"], Checkpoints(checkpoints, None), device="cpu", offload="disk")
 
 
@@ -124,14 +125,6 @@ def test_a_chat_template_may_lie_in_the_processor_s_file(
 def test_models_without_control_images_ignore_them(studio: Get) -> None:
     used = studio("flux")
     assert np.array_equal(used.render({}, controls=[Image.new("RGB", (8, 8))]), used.render({}))
-
-
-def test_streamed_layers_give_the_same_picture(new_studio: Get, studio: Get) -> None:
-    """The hooks of adapters and those of group offload get along; the device here is the CPU itself."""
-    streamed = new_studio("flux")
-    streamed.engine._pipeline.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
-    loras = {streamed.names[0]: 0.7}
-    assert np.array_equal(streamed.render(loras), studio("flux").render(loras))
 
 
 def test_loading_makes_no_second_copy(tmp_path: Path) -> None:

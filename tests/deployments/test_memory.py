@@ -21,9 +21,10 @@ def test_every_model_says_what_it_needs(model: str) -> None:
         ("flux", 80, "none"),
         ("flux", 24, "group"),
         ("flux2", 141, "none"),
-        ("flux2", 80, "model"),
+        ("flux2", 80, "text"),
+        ("flux2", 66, "model"),
         ("flux2", 40, "group"),
-        ("qwen_image", 48, "model"),
+        ("qwen_image", 48, "text"),
         ("flux2", 4, None),
     ],
 )
