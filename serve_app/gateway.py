@@ -34,6 +34,7 @@ from serve_app.errors import Code, Refusal, documented, install_handlers
 from serve_app.events import DOCUMENTED, EventStream, check_event_id, news
 from serve_app.following import View
 from serve_app.listing import MAX_LIMIT, read_page
+from serve_app.page_files import page_router
 from serve_app.parts import Parts, open_parts
 from serve_app.schemas import InferenceRequest, InspectRequest
 from serve_app.settings import GatewayArgs
@@ -115,6 +116,7 @@ def create_app(settings: GatewayArgs) -> FastAPI:
     else:
         app.include_router(v1, dependencies=[Depends(SCHEME)], responses=documented(401))
     app.include_router(public)
+    app.include_router(page_router())
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
