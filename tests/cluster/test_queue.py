@@ -491,7 +491,7 @@ def test_how_followed_jobs_are_doing(queue: JobQueue) -> None:
     claim(queue, warm=["b"], patience_s=9)
     queue.cancel(canceled.id)
     ids = [waiting.id, running.id, canceled.id]
-    histories = queue.histories([*ids, "unknown"])
+    histories = dict(queue.histories([*ids, "unknown"]))
     assert histories.pop("unknown") == []
     assert histories == {job_id: queue.events(job_id) for job_id in ids}
     latest = {job.id: (job, last) for job, last in queue.latest([*ids, "unknown"])}
