@@ -84,7 +84,9 @@ export class Card {
     this.bar.hidden = this.ended;
     this.bar.removeAttribute("value");
     this.where.textContent = "";
-    if (status === "in_queue" && ahead != null) this.where.textContent = `${ahead} ahead in the queue`;
+    if (status === "in_queue" && ahead != null) {
+      this.where.textContent = ahead ? `${ahead} ahead in the queue` : "Next in the queue";
+    }
     if (status === "in_progress" && progress) {
       const { prompt, prompts, step, steps, phase } = progress;
       const which = prompts > 1 ? `prompt ${prompt + 1} of ${prompts}, ` : "";

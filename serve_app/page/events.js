@@ -31,9 +31,9 @@ export async function follow(id, tell, signal) {
     } catch (error) {
       if (signal.aborted) return;
       if (error instanceof Refusal && error.status < 500) throw error;
-      await new Promise((resolve) => setTimeout(resolve, pause * (0.5 + Math.random())));
-      pause = Math.min(2 * pause, LONGEST_PAUSE_MS);
     }
+    await new Promise((resolve) => setTimeout(resolve, pause * (0.5 + Math.random())));
+    pause = Math.min(2 * pause, LONGEST_PAUSE_MS);
   }
 }
 

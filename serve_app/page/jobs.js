@@ -95,7 +95,7 @@ export class Jobs {
     const { requests } = await json("GET", `v1/requests?limit=${SHOWN}`).catch(() => ({ requests: [] }));
     for (const status of requests) {
       const card = this.#cards.get(status.request_id);
-      if (card && !this.#streams.has(card.id)) card.update(status);
+      if (card && !card.ended && !this.#streams.has(card.id)) card.update(status);
     }
   }
 }

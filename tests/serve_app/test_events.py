@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -190,6 +192,18 @@ def test_streams_hold_no_threads_and_leave_nothing_behind(fresh: Service) -> Non
     wait_until(lambda: followers() == 0, 20, "the end of all streams")
     for client in clients:
         client.close()
+
+
+def test_the_program_in_the_documentation(fresh: Service) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "clients.md").read_text()
+    (program,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "def follow(" in block)
+    scope: dict[str, Any] = {}
+    exec(program, scope)
+    claim = fresh.claim(fresh.submit())
+    told = scope["follow"](fresh.client, claim.job.id)
+    assert states([next(told), next(told)]) == ["in_queue", "in_progress"]
+    fresh.publish(claim)
+    assert states(list(told)) == ["succeeded"]
 
 
 def followers() -> int:
