@@ -101,8 +101,7 @@ export class Card {
   async #load() {
     try {
       const result = await json("GET", `v1/requests/${this.id}/result`);
-      const prompts = this.request?.body.prompts.map(({ prompt }) => prompt) ?? [];
-      this.media.replaceChildren(...figures(result, prompts));
+      this.media.replaceChildren(...figures(result, this.request?.body ?? null));
       const { inference_time: seconds, warnings } = result.metadata;
       this.where.textContent = [`${seconds.toFixed(1)} s`, ...warnings].join("; ");
     } catch (error) {

@@ -32,7 +32,7 @@ export class Images {
     this.#most = most;
     byId("controls").hidden = most === 0;
     byId("control-files").multiple = most > 1;
-    const count = most > 1 ? `up to ${most} pictures` : "one picture";
+    const count = most > 1 ? `${least} to ${most} pictures` : "one picture";
     byId("controls-about").textContent = `The model ${least ? "needs" : "can take"} ${count}.`;
     this.#images.length = Math.min(this.#images.length, most);
     this.#list();

@@ -104,7 +104,7 @@ function describe(found, model) {
   const rank = found.ranks.length ? `, rank ${found.ranks.join(", ")}` : "";
   const fit = found.models.find((each) => each.model === model.id);
   const others = found.fitting_models.join(", ");
-  const text = `${found.dialect}${rank}, ${found.modules} modules`;
+  const text = `${found.dialect}${rank}, ${found.modules} module${found.modules === 1 ? "" : "s"}`;
   if (fit?.fit === "whole") return { text: `${text}; fits ${model.id}.`, bad: false };
   const elsewhere = others ? ` It was made for ${others}.` : "";
   if (fit?.fit === "part") {

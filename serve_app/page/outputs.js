@@ -4,13 +4,16 @@ import { sentence } from "./api.js";
 import { offer } from "./compare.js";
 import { el } from "./dom.js";
 
-/** Return the figures of a result, in the order of its prompts. */
-export function figures(result, prompts) {
+/** Return the figures of a result, in the order of its prompts; `body` is the request, null if not known here. */
+export function figures(result, body) {
   const { images, videos } = result.outputs;
-  return [...images, ...videos].map((output, index) => figure(output, prompts[index] ?? `Output ${index + 1}`));
+  const loras = body?.loras.map(({ path }) => path.split("/").pop()).join(", ") ?? result.metadata.model;
+  return [...images, ...videos].map((output, index) =>
+    figure(output, body?.prompts[index].prompt ?? `Output ${index + 1}`, loras),
+  );
 }
 
-function figure(output, prompt) {
+function figure(output, prompt, loras) {
   const { width, height, url, seed, format } = output;
   const film = format === "mp4";
   const shown = film
@@ -20,7 +23,7 @@ function figure(output, prompt) {
   const caption = el("figcaption", {}, el("span", { className: "hint" }, about));
   if (!film) {
     const compare = el("button", { type: "button", className: "quiet", "aria-pressed": "false" }, "Compare");
-    compare.addEventListener("click", () => offer(compare, { url, name: `${prompt} (seed ${seed})` }));
+    compare.addEventListener("click", () => offer(compare, { url, name: `${prompt} (${loras}, seed ${seed})` }));
     caption.append(compare);
   }
   caption.append(el("a", { href: url, target: "_blank", rel: "noopener" }, "Open"), manifest(output));
