@@ -114,15 +114,10 @@ class Following:
             places = self._queue.places(queued) if queued else {}
         else:
             places = {job.id: known[job.id].place for job in queued if job.id in known}
-        return {
-            job.id: View(
-                job=job,
-                last=last,
-                # What has happened since the job was read is for the next look.
-                history=tuple(event for event in histories[job.id] if event.id <= last)
-                if job.id in histories
-                else known[job.id].history,
-                place=places.get(job.id),
-            )
-            for job, last in latest
-        }
+        views = {}
+        for job, last in latest:
+            events = histories[job.id] if job.id in histories else known[job.id].history
+            # What has happened since the job was read is for the next look.
+            history = tuple(event for event in events if event.id <= last)
+            views[job.id] = View(job=job, last=last, history=history, place=places.get(job.id))
+        return views
