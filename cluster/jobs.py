@@ -182,8 +182,9 @@ class Lease:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobEvent:
-    """One line of the append-only history of a job."""
+    """One line of the append-only history of a job; `id` grows with every change of the job."""
 
+    id: int
     job_id: str
     state: JobState
     epoch: int

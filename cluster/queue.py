@@ -26,7 +26,7 @@ from cluster.jobs import (
 )
 from cluster.migrations import upgrade
 from cluster.outbox import Outbox
-from cluster.schema import job_events, job_outputs, jobs, now, workers
+from cluster.schema import job_outputs, jobs, now, workers
 from cluster.telemetry import redact
 from cluster.transitions import again_or_failed, cancel, end_run, held_by, job_of, literal_state, move
 
@@ -108,11 +108,22 @@ class JobQueue:
 
     def events(self, job_id: str) -> list[JobEvent]:
         """Return the history of a job, oldest first."""
-        columns = [job_events.c[name] for name in ("job_id", "state", "epoch", "owner", "at")]
-        history = select(*columns).where(job_events.c.job_id == job_id).order_by(job_events.c.id)
+        return self.histories([job_id])[job_id]
+
+    def histories(self, job_ids: Collection[str]) -> Mapping[str, list[JobEvent]]:
+        """Return the history of each job, oldest first; that of an unknown one is empty."""
         with self._database.read() as connection:
-            rows = connection.execute(history).mappings().all()
-        return [JobEvent(**{**row, "state": JobState(row["state"])}) for row in rows]
+            return reports.histories(connection, job_ids)
+
+    def latest(self, job_ids: Collection[str]) -> Sequence[tuple[JobSummary, int]]:
+        """Return how the jobs that are known are doing, each with the id of its last event."""
+        with self._database.read() as connection:
+            return reports.latest(connection, job_ids)
+
+    def places(self, queued: Collection[JobSummary]) -> Mapping[str, int]:
+        """Return `ahead` by id for all of these jobs at once; those that have left the queue are missing."""
+        with self._database.read() as connection:
+            return reports.places(connection, queued)
 
     def ahead(self, job: Job) -> int | None:
         """Return how many jobs of its model were queued before this one, None unless it waits itself.

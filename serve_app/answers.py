@@ -229,6 +229,9 @@ class ModelAnswer(BaseModel):
     output_formats: tuple[str, ...]
     preview_differs: str | None
     max_loras: int
+    transformers: tuple[str, ...]
+    resolutions: tuple[str, ...]
+    options: dict[str, bool]
 
     @classmethod
     def of(cls, row: ModelSpec, max_loras: int) -> Self:
@@ -254,6 +257,9 @@ class ModelAnswer(BaseModel):
             output_formats=row.formats,
             preview_differs=row.preview.differs if row.preview else None,
             max_loras=max_loras,
+            transformers=tuple(row.experts),
+            resolutions=("Default", "High") if row.high else ("Default",),
+            options=dict(row.options),
         )
 
 

@@ -66,6 +66,7 @@ class Code(Enum):
 
     BODY_TOO_LARGE = 413, "The body is larger than this service takes."
     CURSOR_INVALID = 400, "`cursor` is not the `next_cursor` of an earlier page."
+    EVENT_ID_INVALID = 400, "Last-Event-ID is not the id of an event of this service."
     REQUEST_NOT_FOUND = 404, "There is no request with this id."
     OUTPUT_NOT_FOUND = 404, "There is no such output."
     JOB_ALREADY_FINISHED = 409, "The request has finished; there is nothing left to cancel."

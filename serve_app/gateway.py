@@ -31,7 +31,10 @@ from serve_app.answers import (
 from serve_app.auth import SCHEME, KeyedRoute, Tenant, open_keys
 from serve_app.bounds import BoundedRoute
 from serve_app.errors import Code, Refusal, documented, install_handlers
+from serve_app.events import DOCUMENTED, EventStream, check_event_id, news
+from serve_app.following import View
 from serve_app.listing import MAX_LIMIT, read_page
+from serve_app.page_files import page_router
 from serve_app.parts import Parts, open_parts
 from serve_app.schemas import InferenceRequest, InspectRequest
 from serve_app.settings import GatewayArgs
@@ -113,6 +116,7 @@ def create_app(settings: GatewayArgs) -> FastAPI:
     else:
         app.include_router(v1, dependencies=[Depends(SCHEME)], responses=documented(401))
     app.include_router(public)
+    app.include_router(page_router())
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
@@ -156,6 +160,25 @@ async def read_status(request_id: RequestId, tenant: Tenant, parts: Shared, wait
 async def read_result(request_id: RequestId, tenant: Tenant, parts: Shared, wait: Wait = 0.0) -> ResultAnswer:
     """Tell what a request made; `outputs` is null until it succeeded."""
     return await _when_ended(partial(_result, request_id, tenant, parts), request_id, parts, wait)
+
+
+@v1.get(
+    "/requests/{request_id}/events",
+    response_class=Response,
+    responses=documented(400, 404, 503) | DOCUMENTED,
+)
+async def follow_request(
+    request_id: RequestId,
+    tenant: Tenant,
+    parts: Shared,
+    last_event_id: Annotated[str | None, Header()] = None,
+) -> Response:
+    """Tell what happens to a request as server-sent events: `state`, `queue` and `progress`."""
+    seen = check_event_id(last_event_id)
+    view = await parts.run(partial(_view, request_id, tenant, parts))
+    if view.job.state.terminal and not any(news(view, seen)):
+        return Response(status_code=204)  # An EventSource would come back for ever.
+    return EventStream(parts.waiting.following, view, seen)
 
 
 @v1.delete(
@@ -225,6 +248,11 @@ def _job(request_id: str, tenant: str, parts: Parts) -> Job:
     """Return a job of `tenant`; another's is refused as if there were none."""
     job = parts.queue.get(request_id)
     return _known(request_id, job if job is not None and job.tenant == tenant else None)
+
+
+def _view(request_id: str, tenant: str, parts: Parts) -> View:
+    view = parts.waiting.following.view(request_id)
+    return _known(request_id, view if view is not None and view.job.tenant == tenant else None)
 
 
 def _known(request_id: str, found: Found | None) -> Found:

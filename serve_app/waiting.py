@@ -1,4 +1,4 @@
-"""Long polls: one thread watches the job table for all requests of this process that wait for a job's end."""
+"""One thread watches the job table for all requests of this process that wait: long polls, event streams."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from cluster.jobs import StoreUnavailable
 from cluster.queue import JobQueue
+from serve_app.following import Following
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +38,14 @@ class _Ended:
 
 
 class Waiting:
-    """Tells requests when their jobs have ended: one query per change of the table, whatever their number."""
+    """Tells requests when their jobs have ended: one query per change of the table, whatever their number.
+
+    Those that follow their jobs are told by `following`, on the same thread.
+    """
 
     def __init__(self, queue: JobQueue) -> None:
         self._queue = queue
+        self.following = Following(queue)
         self._lock = threading.Lock()
         self._awaited: dict[str, set[_Ended]] = {}
         self._closed = threading.Event()
@@ -71,7 +76,7 @@ class Waiting:
             try:
                 self._watch()
             except StoreUnavailable as error:
-                logger.warning("long polls cannot read the job table: %s", error)
+                logger.warning("long polls and event streams cannot read the job table: %s", error)
                 self._closed.wait(LOOK_S)
 
     def _watch(self) -> None:
@@ -85,5 +90,6 @@ class Waiting:
                 with self._lock:
                     for ended in (each for job_id in finished for each in self._awaited.get(job_id, ())):
                         ended.tell()
+                self.following.look()
         finally:
             watch.close()

@@ -484,3 +484,25 @@ def test_progress_of_every_phase_comes_back(queue: JobQueue) -> None:
         job = queue.get(held.job.id)
         assert job is not None
         assert job.progress == progress
+
+
+def test_how_followed_jobs_are_doing(queue: JobQueue) -> None:
+    waiting, running, canceled = submit(queue, "a", "b", "c")
+    claim(queue, warm=["b"], patience_s=9)
+    queue.cancel(canceled.id)
+    ids = [waiting.id, running.id, canceled.id]
+    histories = dict(queue.histories([*ids, "unknown"]))
+    assert histories.pop("unknown") == []
+    assert histories == {job_id: queue.events(job_id) for job_id in ids}
+    latest = {job.id: (job, last) for job, last in queue.latest([*ids, "unknown"])}
+    assert latest == {job_id: (summary(queue.get(job_id)), histories[job_id][-1].id) for job_id in ids}
+
+
+def test_the_places_of_several_jobs(queue: JobQueue) -> None:
+    first, second, third = submit(queue, "a", "b", "c")
+    (other,) = queue.submit([new_job(model="sd15")])
+    asked = [summary(job) for job in (first, third, other)]
+    assert queue.places(asked) == {first.id: 0, third.id: 2, other.id: 0}
+    queue.cancel(first.id)
+    assert queue.places(asked) == {third.id: 1, other.id: 0}
+    assert queue.places([summary(second)]) == {second.id: queue.ahead(second)}

@@ -30,6 +30,7 @@ ROUTES = [
     ("GET", "/v1/requests/{id}/status"),
     ("GET", "/v1/requests/{id}/status?wait=5"),
     ("GET", "/v1/requests/{id}/result"),
+    ("GET", "/v1/requests/{id}/events"),
     ("DELETE", "/v1/requests/{id}"),
     ("GET", "/v1/models"),
 ]

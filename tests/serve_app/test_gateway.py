@@ -247,6 +247,9 @@ def test_models_lists_the_catalogue(service: Service) -> None:
         "licence": "FLUX.1 [dev] Non-Commercial",
         "output_formats": ["jpeg", "png", "webp"],
         "max_loras": 1,
+        "transformers": [],
+        "resolutions": ["Default"],
+        "options": {},
         "preview_differs": "`ctrl_img` wins over the numbered control images;"
         " it is resized twice for sizes that are no multiples of 16.",
     }
@@ -264,6 +267,7 @@ def test_the_description_is_valid_and_complete(service: Service) -> None:
         "/v1/loras/inspect",
         "/v1/requests/{request_id}/status",
         "/v1/requests/{request_id}/result",
+        "/v1/requests/{request_id}/events",
         "/v1/requests/{request_id}",
         "/v1/requests",
         "/v1/models",
