@@ -53,8 +53,8 @@ def long_body(model: str = "flux", *, steps: int = 100, prompts: int = 1) -> dic
 
 
 OUTCOMES: list[tuple[int, float | None]] = []
-"""Of each fault in the present test: jobs that ended after it began, and seconds until the first one ran again
-or None where none had to."""
+"""Of each fault in the present test: jobs that ended after it began; seconds until the first ran again, None
+where none had to."""
 
 
 @dataclass
