@@ -126,6 +126,7 @@ def test_a_gateway_killed_under_load_forgets_no_answer(service: Service) -> None
     os.kill(gateway, signal.SIGKILL)
     wait_until(lambda: [pid for pid in replica_pids("gateway") if pid != gateway], 60, "a new gateway")
     wait_until(service.answers, 60, "the gateway's return")
+    away_s = time.time() - killed_at
     time.sleep(2)
     stop.set()
     for client in clients:
@@ -137,7 +138,7 @@ def test_a_gateway_killed_under_load_forgets_no_answer(service: Service) -> None
     )
     assert (other.status_code, other.json()["detail"]["error"]["code"]) == (409, "IDEMPOTENCY_KEY_REUSED")
     service.accepted += answered.values()
-    ended = service.kept(killed_at)
+    ended = service.kept(killed_at, recovery_s=away_s)
     assert {job.state for job in ended.values()} == {JobState.SUCCEEDED}
     assert ended[job_id].attempts == 1
 

@@ -117,7 +117,7 @@ def test_a_table_that_is_away_for_less_than_a_lease_costs_nothing(
 def test_a_table_that_is_away_for_longer_stops_its_workers_in_time(
     service: Service, postgres: PostgresServer
 ) -> None:
-    job_id = service.submit(long_body(steps=150, prompts=5))
+    job_id = service.submit(long_body(steps=150, prompts=3))
     worker, stops = service.running(job_id), service.said("lease lost, nothing written")
     gone_at = time.time()
     stopped_after: list[float] = []
