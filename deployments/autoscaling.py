@@ -33,12 +33,13 @@ asks anew. Serve gives up a version whose first three replicas die while they st
 class QueuePolicy:
     """Autoscaling of one model id: a replica per waiting or running job, within the deployment's bounds."""
 
-    def __init__(self, model: str, jobs: str) -> None:
+    def __init__(self, model: str, jobs: str, yield_busy_after_s: float = YIELD_BUSY_AFTER_S) -> None:
         """Read the table named by the environment's `JOBS_URL`, else `jobs`, a URL without a password."""
         from cluster.database import jobs_url
         from cluster.load import load_reader
 
         self._model = model
+        self._yield_busy_after_s = yield_busy_after_s
         self._reader = load_reader(jobs_url(jobs))
 
     def __call__(self, ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
@@ -62,7 +63,7 @@ class QueuePolicy:
             return desired, state
         _scale_down_at_once(ctx)
         most = ctx.policy_state.get("most")
-        had_its_turn = phase == "serving" and min(lasted_s, starved_s) > YIELD_BUSY_AFTER_S
+        had_its_turn = phase == "serving" and min(lasted_s, starved_s) > self._yield_busy_after_s
         if most is None and had_its_turn and self._model == _best_served(depths):
             # One is enough until the other model has started: a replica drains before it goes.
             most = ctx.current_num_replicas - 1

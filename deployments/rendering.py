@@ -147,15 +147,24 @@ def _fitting(engine: Engine, what: str, action: Callable[[], _T]) -> _T:
     """Run `action`; where the device has no room for it, drop all adapters and run it once more."""
     try:
         return action()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not _lacks_memory(error):
+            raise
         logger.warning("out of device memory for %s; adapters are dropped for a second try", what)
     # Outside of the handler: the exception's frames hold the tensors that have to go.
     engine.drop_adapters()
     try:
         return action()
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not _lacks_memory(error):
+            raise
         message = f"there is no room for {what} in the memory of the device"
         raise JobFailure(FailureCode.OUT_OF_MEMORY, message) from error
+
+
+def _lacks_memory(error: RuntimeError) -> bool:
+    """Whether the device had no room; on the CPU torch says so in words only (alloc_cpu.cpp)."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 def _manifest(engine: Engine, prompt: PromptSpec, weighted: _Weighted) -> dict[str, Any]:

@@ -70,9 +70,10 @@ def edited_config(
     *,
     args: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
+    policy: Mapping[str, Any] | None = None,
     **scaling: Any,
 ) -> str:
-    """Return the rendered config on another port, the workers' arguments, options and scaling edited."""
+    """Return the rendered config on another port, what it says of workers edited; `policy` has arguments."""
     config = yaml.safe_load(render_config(models))
     config["http_options"]["port"] = port
     for application in config["applications"][1:]:
@@ -80,6 +81,7 @@ def edited_config(
         for deployment in application["deployments"]:
             deployment.update(options or {})
             deployment["autoscaling_config"].update(scaling)
+            deployment["autoscaling_config"]["policy"]["policy_kwargs"].update(policy or {})
     return yaml.safe_dump(config, sort_keys=False)
 
 

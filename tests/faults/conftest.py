@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,9 +37,19 @@ def service(
             yield made
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Hand what the test's faults did to the process that reports."""
+    OUTCOMES.clear()
+    result = yield
+    item.user_properties += [("fault", outcome) for outcome in OUTCOMES]
+    return result
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if OUTCOMES:
-        terminalreporter.section("jobs under faults: none lost, none published twice")
-    for name, outcome in OUTCOMES:
-        again = "" if outcome.recovery_s is None else f", running again after {outcome.recovery_s:.1f} s"
-        terminalreporter.line(f"{name}: {outcome.jobs} jobs{again}")
+    """Tell of each fault what `OUTCOMES` held; the checker fails tests with jobs lost or published twice."""
+    terminalreporter.section("jobs in flight, none lost, none published twice; recovery")
+    for report in terminalreporter.getreports("passed"):
+        for in_flight, recovery_s in (value for name, value in report.user_properties if name == "fault"):
+            recovery = "-" if recovery_s is None else f"{recovery_s:.1f} s"
+            terminalreporter.line(f"{in_flight:4} {recovery:>8}  {report.nodeid.split('::')[-1]}")

@@ -52,12 +52,9 @@ def long_body(model: str = "flux", *, steps: int = 100, prompts: int = 1) -> dic
     return body(model, steps=steps, side=LONG_SIDES[model], seeds=tuple(range(1, prompts + 1)))
 
 
-@dataclass
-class Outcome:
-    """What a fault did: seconds until the first job ran again after it, None where none had to."""
-
-    jobs: int
-    recovery_s: float | None
+OUTCOMES: list[tuple[int, float | None]] = []
+"""Of each fault in the present test: jobs that ended after it began; seconds until the first ran again, None
+where none had to."""
 
 
 @dataclass
@@ -96,6 +93,12 @@ class Service:
 
         return wait_until(probe, timeout_s, f"the start of job {job_id}")
 
+    def warm_worker(self) -> int:
+        """Return the pid of a worker that has just ended a job and waits for the next."""
+        job_id = self.submit(body())
+        wait_until(lambda: self.job(job_id).state.terminal, 120, "the end of a first job")
+        return int((self.job(job_id).owner or "").split(":")[1])
+
     def gateway(self) -> int:
         return wait_until(lambda: replica_pids("gateway"), 30, "the gateway's start")[0]
 
@@ -112,21 +115,23 @@ class Service:
         """How often the service's log has these words, a regular expression."""
         return len(re.findall(words, (self.folder / "serve.log").read_text(errors="replace")))
 
-    def kept(self, since: float | None = None, timeout_s: float = 240) -> dict[str, Job]:
+    def kept(
+        self, since: float, *, recovery_s: float | None = None, timeout_s: float = 240
+    ) -> dict[str, Job]:
         """Wait for the end of everything accepted, assert the contract of each; begin anew.
 
-        `since` is when the fault began, by the clock: how long it took until a job was claimed is told.
+        `since` is when the fault began, by the clock: how long it took until a job was claimed is told, or
+        `recovery_s` where that is something else.
         """
         ids, self.accepted = self.accepted, []
         wait_until(lambda: self._ended(ids), timeout_s, "the end of all jobs")
         ended = {job_id: check_contract(self.queue, self.store, job_id) for job_id in ids}
-        starts = [
-            event.at - since
-            for job_id in ids
-            for event in self.queue.events(job_id)
-            if since is not None and event.state is JobState.IN_PROGRESS and event.at > since
-        ]
-        OUTCOMES.append((_current_test(), Outcome(len(ids), min(starts, default=None))))
+        if recovery_s is None:
+            events = [event for job_id in ids for event in self.queue.events(job_id)]
+            claims = [event.at for event in events if event.state is JobState.IN_PROGRESS]
+            recovery_s = min((at - since for at in claims if at > since), default=None)
+        in_flight = sum((job.finished_at or 0.0) > since for job in ended.values())
+        OUTCOMES.append((in_flight, recovery_s))
         return ended
 
     def _ended(self, ids: list[str]) -> bool:
@@ -136,16 +141,8 @@ class Service:
             return False  # Our own connections may be from before the fault.
 
 
-OUTCOMES: list[tuple[str, Outcome]] = []
-"""Of each test, in order; pytest prints them at its end."""
-
-
-def _current_test() -> str:
-    return os.environ.get("PYTEST_CURRENT_TEST", "").split("::")[-1].split(" ")[0]
-
-
 def worker_config(port: int, lease_s: float, models: tuple[str, ...] = MODELS, **options: Any) -> str:
-    scaling = {name: options.pop(name) for name in ("downscale_to_zero_delay_s",) if name in options}
+    scaling = {name: options.pop(name) for name in ("downscale_to_zero_delay_s", "policy") if name in options}
     arguments = {"lease_s": lease_s, "adapter_bytes": options.pop("adapter_bytes", 1 << 30)}
     return edited_config(
         list(models),

@@ -1,4 +1,4 @@
-"""Accepted jobs survive the death of workers and gateways, updates, scaling to zero, and a sick object store.
+"""Accepted jobs survive dead workers and gateways, a job that kills, updates, and a sick object store.
 
 One service on SQLite and S3; every test ends with the contract of all jobs that it had in flight.
 """
@@ -91,6 +91,20 @@ def test_a_worker_that_was_stopped_writes_nothing_when_it_goes_on(service: Servi
     assert {output["key"].split("/")[1] for output in published[len(recorded) :]} == {"3"}
 
 
+def test_a_job_that_kills_its_workers_fails_and_harms_no_neighbour(service: Service) -> None:
+    poison = service.submit(long_body())
+    neighbours = [service.submit(body(model, seeds=(seed,))) for model in MODELS for seed in (1, 2)]
+    for attempt in (1, 2, 3):
+        wait_until(lambda n=attempt: service.job(poison).attempts == n, 120, f"attempt {attempt}")
+        worker = service.running(poison, step=1)
+        os.kill(worker, signal.SIGKILL)
+    killed_at = time.time()
+    after = service.submit(body(seeds=(9,)))
+    ended = service.kept(killed_at)
+    assert (ended[poison].error_code, ended[poison].attempts) == (FailureCode.WORKER_LOST, 3)
+    assert {ended[job_id].state for job_id in (*neighbours, after)} == {JobState.SUCCEEDED}
+
+
 def test_a_gateway_killed_under_load_forgets_no_answer(service: Service) -> None:
     answered: dict[str, str] = {}
     stop = threading.Event()
@@ -112,6 +126,7 @@ def test_a_gateway_killed_under_load_forgets_no_answer(service: Service) -> None
     os.kill(gateway, signal.SIGKILL)
     wait_until(lambda: [pid for pid in replica_pids("gateway") if pid != gateway], 60, "a new gateway")
     wait_until(service.answers, 60, "the gateway's return")
+    away_s = time.time() - killed_at
     time.sleep(2)
     stop.set()
     for client in clients:
@@ -123,7 +138,7 @@ def test_a_gateway_killed_under_load_forgets_no_answer(service: Service) -> None
     )
     assert (other.status_code, other.json()["detail"]["error"]["code"]) == (409, "IDEMPOTENCY_KEY_REUSED")
     service.accepted += answered.values()
-    ended = service.kept(killed_at)
+    ended = service.kept(killed_at, recovery_s=away_s)
     assert {job.state for job in ended.values()} == {JobState.SUCCEEDED}
     assert ended[job_id].attempts == 1
 
@@ -144,9 +159,9 @@ def repeat(service: Service, key: str) -> str:
 
 def test_numbers_change_in_place_under_a_running_job(service: Service) -> None:
     job_id = service.submit(long_body())
-    worker = service.running(job_id)
+    worker, changed_at = service.running(job_id), time.time()
     service.redeploy(downscale_to_zero_delay_s=30.0, health_check_timeout_s=20.0)
-    assert service.kept()[job_id].attempts == 1
+    assert service.kept(changed_at)[job_id].attempts == 1
     assert worker in replica_pids("flux")
 
 
@@ -178,12 +193,12 @@ def test_a_model_may_go_and_come_back(service: Service) -> None:
 
 def test_too_little_grace_releases_the_job_uncounted(service: Service) -> None:
     before = set(replica_pids("flux"))
-    service.redeploy(adapter_bytes=1 << 28, graceful_shutdown_timeout_s=4.0)
+    service.redeploy(("flux",), adapter_bytes=1 << 28, graceful_shutdown_timeout_s=4.0)
     wait_until(lambda: not before & set(replica_pids("flux")), 60, "the end of the replicas with much grace")
     job_id = service.submit(long_body(prompts=4))
     service.running(job_id)
     updated_at = time.time()
-    service.redeploy(adapter_bytes=1 << 27, graceful_shutdown_timeout_s=4.0)
+    service.redeploy(("flux",), adapter_bytes=1 << 27, graceful_shutdown_timeout_s=4.0)
     ended = service.kept(updated_at)[job_id]
     assert (ended.state, ended.attempts, ended.epoch) == (JobState.SUCCEEDED, 1, 2)
 
@@ -191,9 +206,10 @@ def test_too_little_grace_releases_the_job_uncounted(service: Service) -> None:
 def test_an_upload_that_meets_faults_is_sent_again(service: Service, proxy: Proxy) -> None:
     job_id = service.submit(long_body())
     service.running(job_id)
+    sick_at = time.time()
     proxy.faults.extend([delayed(2.0), refused, reset_after_sending(0), reset_after_sending(2000)])
     proxy.cut()
-    assert service.kept()[job_id].attempts == 1
+    assert service.kept(sick_at)[job_id].attempts == 1
     assert len(proxy.faults) < 4
 
 
@@ -223,9 +239,9 @@ def test_a_locked_table_is_told_and_loses_nothing(service: Service) -> None:
         refusal = service.client.post("/v1/inference", json=body(), headers=key)
         assert (refusal.status_code, refusal.headers["retry-after"]) == (503, "1")
         assert service.client.get(f"/v1/requests/{job_id}/status").status_code == 200, "readers go on"
-        time.sleep(max(0.0, locked_at + 20 - time.time()))
-    repeated = service.submit(body(), **key)
-    ended = service.kept(time.time())
+        time.sleep(max(0.0, locked_at + 3 * service.lease_s - time.time()))
+    repeated, unlocked_at = service.submit(body(), **key), time.time()
+    ended = service.kept(unlocked_at)
     assert ended[job_id].state is ended[repeated].state is JobState.SUCCEEDED
 
 

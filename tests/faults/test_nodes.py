@@ -1,4 +1,4 @@
-"""Accepted jobs survive the loss of a node: three Ray nodes, PostgreSQL and S3."""
+"""Accepted jobs survive the loss of the head and of a node: three Ray nodes, Redis, PostgreSQL and S3."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import yaml
 from ray.cluster_utils import Cluster
@@ -19,68 +20,107 @@ from cluster.jobs import JobState
 from cluster.objects import open_store
 from cluster.queue import JobQueue
 from tests.cluster.postgres import PostgresServer
+from tests.faults.redis import PASSWORD, serving_redis
 from tests.faults.service import Service, body, long_body, worker_config
 from tests.parity.cases import FOLDER
 from tests.s3 import BUCKET, S3Server
-from tests.service import free_port, serve_run
+from tests.service import finished, free_port, replica_pids, serve_run, submit, wait_until
 
 pytestmark = pytest.mark.slow
 
 LEASE_S = 8.0
 
 
-@dataclass(frozen=True)
 class Nodes:
-    """A running cluster: the head with the gateway, and two nodes for workers, each with its own folder."""
+    """A cluster of a head without replicas, a node for the gateway and one for workers."""
 
-    cluster: Cluster
-    backs: dict[Path, object]
+    def __init__(self) -> None:
+        self._cluster = Cluster()
+        self._head = {
+            "num_cpus": 0,
+            "include_dashboard": False,
+            "gcs_server_port": free_port(),
+            "redis_password": PASSWORD,
+        }
+        self.start_head()
+        self.front_port = free_port()
+        self._add("front", self.front_port)
+        self._back = self._add("back", free_port())
 
-    def lose(self, pid: int) -> None:
-        """End the node that a process belongs to, at once."""
-        folder = Path(f"/proc/{pid}/cwd").resolve()
-        self.cluster.remove_node(self.backs.pop(folder), allow_graceful=False)
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self._head['gcs_server_port']}"
+
+    def start_head(self) -> None:
+        """Start the head, on the same port each time; what it has to know is in Redis."""
+        self._cluster.add_node(**self._head)
+
+    def kill_head(self) -> None:
+        """End the head with SIGKILL, at once."""
+        head: Any = self._cluster.head_node
+        head.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+        self._cluster.head_node = None
+
+    def exchange_back(self) -> None:
+        """End the node for workers, at once, when another one has joined."""
+        lost, self._back = self._back, self._add("back", free_port())
+        self._cluster.remove_node(lost, allow_graceful=False)
+
+    def close(self) -> None:
+        self._cluster.shutdown()
+
+    def _add(self, place: str, port: int) -> Any:
+        """Start a node for what asks for `place`; all have one address here, so each proxy has its port."""
+        ports = {"RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(port)}
+        return self._cluster.add_node(num_cpus=2, resources={place: 1}, env_vars=ports)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def nodes(
     tmp_path_factory: pytest.TempPathFactory, checkpoints: Path, s3_server: S3Server
 ) -> Iterator[Nodes]:
     ray_folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # Ray's socket paths are bounded in length.
-    database, cluster = PostgresServer(flush=False), Cluster()
+    database = PostgresServer(flush=False)
     loras = tmp_path_factory.mktemp("loras")
     shutil.copy(FOLDER / "flux" / "lora" / "tiny_a.safetensors", loras / "flux.safetensors")
-    environment = {
-        **s3_server.environment,
-        "JOBS_URL": database.create(),
-        "OUTPUT_BASE_PATH": f"s3://{BUCKET}/{uuid.uuid4()}",
-        "CHECKPOINTS_PATH": str(checkpoints),
-        "WORKFLOWS_BASE_PATH": str(loras),
-        "RAY_TMPDIR": ray_folder,
-        "RAY_AUTH_MODE": "disabled",
-    }
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, serving_redis() as redis:
+        environment = {
+            **s3_server.environment,
+            "JOBS_URL": database.create(),
+            "OUTPUT_BASE_PATH": f"s3://{BUCKET}/{uuid.uuid4()}",
+            "CHECKPOINTS_PATH": str(checkpoints),
+            "WORKFLOWS_BASE_PATH": str(loras),
+            "RAY_TMPDIR": ray_folder,
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_REDIS_ADDRESS": redis,
+            "RAY_external_storage_namespace": "nodes",
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "300",  # Nodes do not end themselves before.
+        }
         patch.delenv("RAY_ADDRESS", raising=False)
         for name, value in environment.items():
             patch.setenv(name, value)
+        patch.chdir(tmp_path_factory.mktemp("nodes"))
+        nodes = Nodes()
         try:
-            cluster.add_node(num_cpus=2, resources={"front": 1}, include_dashboard=False)
-            backs = {}
-            for name in ("one", "two"):
-                folder = tmp_path_factory.mktemp(name).resolve()
-                patch.chdir(folder)
-                # All nodes have one address here.
-                ports = {"RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(free_port())}
-                backs[folder] = cluster.add_node(num_cpus=2, resources={"back": 1}, env_vars=ports)
-            yield Nodes(cluster, backs)
+            yield nodes
         finally:
-            cluster.shutdown()
+            nodes.close()
             database.close()
             shutil.rmtree(ray_folder, ignore_errors=True)
 
 
+@pytest.fixture(scope="module")
+def service(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    port, folder = free_port(), tmp_path_factory.mktemp("service")
+    environment = {"RAY_ADDRESS": nodes.address, "RAY_TMPDIR": os.environ["RAY_TMPDIR"]}
+    with serve_run(placed_config(port), port, folder, environment) as client:
+        queue, store = JobQueue(os.environ["JOBS_URL"]), open_store(os.environ["OUTPUT_BASE_PATH"])
+        yield Service(client, queue, store, folder, port, LEASE_S)
+        queue.close()
+
+
 def placed_config(port: int) -> str:
-    """Keep the gateway on the head, and workers off it."""
+    """Keep the gateway and the workers off the head, and apart."""
     config = yaml.safe_load(worker_config(port, LEASE_S, ("flux",)))
     for application, place in zip(config["applications"], ("front", "back"), strict=True):
         for deployment in application["deployments"]:
@@ -88,18 +128,32 @@ def placed_config(port: int) -> str:
     return yaml.safe_dump(config, sort_keys=False)
 
 
-def test_the_loss_of_a_node_loses_no_job(nodes: Nodes, tmp_path: Path) -> None:
-    port = free_port()
-    environment = {"RAY_ADDRESS": str(nodes.cluster.address), "RAY_TMPDIR": os.environ["RAY_TMPDIR"]}
-    with serve_run(placed_config(port), port, tmp_path, environment) as client:
-        queue, store = JobQueue(os.environ["JOBS_URL"]), open_store(os.environ["OUTPUT_BASE_PATH"])
-        service = Service(client, queue, store, tmp_path, port, LEASE_S)
-        job_id = service.submit(long_body(prompts=3))
-        for seed in range(3):
-            service.submit(body(seeds=(seed,)))
-        worker, lost_at = service.running(job_id), time.time()
-        nodes.lose(worker)
-        ended = service.kept(lost_at)
-        queue.close()
+def test_the_loss_of_the_head_stops_no_job(nodes: Nodes, service: Service) -> None:
+    worker, lost_at = service.running(service.submit(long_body())), time.time()
+    nodes.kill_head()
+    with httpx.Client(base_url=f"http://127.0.0.1:{nodes.front_port}", timeout=60) as door:
+        headless, other = submit(door, body()), submit(door, long_body())
+        service.accepted += [headless, other]
+        assert finished(door, headless)["status"] == "succeeded", "nobody needs the head for this"
+    service.running(other)
+    assert not service.answers()
+    started_at = time.time()
+    nodes.start_head()
+    wait_until(service.answers, 120, "the head's return")
+    returned_s = time.time() - started_at
+    service.submit(body())
+    ended = service.kept(lost_at, recovery_s=returned_s)
+    assert {(job.state, job.attempts) for job in ended.values()} == {(JobState.SUCCEEDED, 1)}
+    assert replica_pids("flux") == [worker]
+
+
+def test_the_loss_of_a_node_loses_no_job(nodes: Nodes, service: Service) -> None:
+    job_id = service.submit(long_body(prompts=3))
+    for seed in range(3):
+        service.submit(body(seeds=(seed,)))
+    service.running(job_id)
+    lost_at = time.time()
+    nodes.exchange_back()
+    ended = service.kept(lost_at)
     assert {job.state for job in ended.values()} == {JobState.SUCCEEDED}
     assert ended[job_id].attempts == 2

@@ -32,7 +32,7 @@ def test_a_model_whose_first_replicas_die_starts_again(service: Service) -> None
 
 
 def test_a_soak(service: Service, proxy: Proxy) -> None:
-    dice, end = random.Random(), time.monotonic() + SOAK_S
+    dice, began_at, end = random.Random(), time.time(), time.monotonic() + SOAK_S
 
     def kill_worker() -> None:
         model = dice.choice(MODELS)
@@ -68,6 +68,6 @@ def test_a_soak(service: Service, proxy: Proxy) -> None:
             service.submit(body(model))
         time.sleep(dice.uniform(0, 6))
         dice.choice(faults)()
-    states = [job.state for job in service.kept(timeout_s=900).values()]
+    states = [job.state for job in service.kept(began_at, timeout_s=900).values()]
     # Three bad moments in a row may fail a job, with its code; hardly ever.
     assert states.count(JobState.SUCCEEDED) > 0.9 * len(states)
