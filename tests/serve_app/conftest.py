@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import sqlite3
 import threading
@@ -131,7 +132,7 @@ class Service:
                 "seed": prompt["seed"],
                 "key": f"{folder}/{index}.png",
                 "manifest_key": f"{folder}/{index}.json",
-                "sha256": "0" * 64,
+                "sha256": hashlib.sha256(data).hexdigest(),
                 "bytes": len(data),
             }
             self.queue.record_output(claim, index, output)
@@ -140,10 +141,10 @@ class Service:
 
 
 @contextmanager
-def running(settings: GatewayArgs) -> Iterator[httpx.Client]:
-    """Run the gateway on a port of its own, as any ASGI server does, lifespan included."""
+def running(settings: GatewayArgs, port: int = 0) -> Iterator[httpx.Client]:
+    """Run the gateway on a port, one of its own by default, as any ASGI server does, lifespan included."""
     server = uvicorn.Server(
-        uvicorn.Config(create_app(settings), host="127.0.0.1", port=0, lifespan="on", log_level="error")
+        uvicorn.Config(create_app(settings), host="127.0.0.1", port=port, lifespan="on", log_level="error")
     )
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -160,7 +161,7 @@ def running(settings: GatewayArgs) -> Iterator[httpx.Client]:
 
 
 @contextmanager
-def serving(folder: Path, **changes: Any) -> Iterator[Service]:
+def serving(folder: Path, port: int = 0, **changes: Any) -> Iterator[Service]:
     """Run a gateway on stores and a LoRA root below `folder`; they may be there from an earlier one."""
     loras = folder / "loras"
     loras.mkdir(exist_ok=True)
@@ -174,7 +175,7 @@ def serving(folder: Path, **changes: Any) -> Iterator[Service]:
         }
     )
     with ExitStack() as stack:
-        client = stack.enter_context(running(settings))
+        client = stack.enter_context(running(settings, port))
         queue = JobQueue(settings.jobs)
         stack.callback(queue.close)
         yield Service(settings, client, queue, DirectoryStore(folder / "outputs"))
