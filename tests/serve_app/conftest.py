@@ -9,6 +9,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -141,23 +143,47 @@ class Service:
 
 
 @contextmanager
-def running(settings: GatewayArgs, port: int = 0) -> Iterator[httpx.Client]:
-    """Run the gateway on a port, one of its own by default, as any ASGI server does, lifespan included."""
+def listening(app: FastAPI, port: int = 0) -> Iterator[str]:
+    """Run an application on a port, one of its own by default, as any ASGI server does; yield its URL."""
     server = uvicorn.Server(
-        uvicorn.Config(create_app(settings), host="127.0.0.1", port=port, lifespan="on", log_level="error")
+        uvicorn.Config(app, host="127.0.0.1", port=port, lifespan="on", log_level="error")
     )
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
-        assert thread.is_alive(), "the gateway did not start"
+        assert thread.is_alive(), "the server did not start"
         time.sleep(0.01)
     try:
-        port = server.servers[0].sockets[0].getsockname()[1]
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            yield client
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextmanager
+def running(settings: GatewayArgs, port: int = 0) -> Iterator[httpx.Client]:
+    """Run the gateway, lifespan included."""
+    with listening(create_app(settings), port) as url, httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+@contextmanager
+def rendering(service: Service, model: str = "flux") -> Iterator[None]:
+    """Play the worker of a model until the block ends: every job gets its pictures at once."""
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.wait(0.02):
+            while claim := service.queue.claim(model, "worker-1"):
+                service.publish(claim)
+
+    with ThreadPoolExecutor(1) as pool:
+        worker = pool.submit(work)
+        try:
+            yield
+        finally:
+            over.set()
+            worker.result()
 
 
 @contextmanager
