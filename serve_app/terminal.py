@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
-from cluster.jobs import JobState
+from cluster.jobs import JobState, Phase
 from serve_app.client import AsyncLoraServe, LoraServeError, Status
 from serve_app.client_core import PATIENCE_S, OnStatus
 
@@ -77,8 +77,8 @@ def note_of(status: Status) -> str:
         return f"in_queue, {status.queue_position} ahead"
     if status.status is not JobState.IN_PROGRESS or done is None:
         return status.status
-    prompt = f", prompt {done.prompt + 1} of {done.prompts}" if done.prompts > 1 else ""
-    return f"{done.phase}, step {done.step} of {done.steps}{prompt}"
+    phase = f"step {done.step} of {done.steps}" if done.phase == Phase.STEP else done.phase
+    return f"{phase}, prompt {done.prompt + 1} of {done.prompts}" if done.prompts > 1 else phase
 
 
 async def submit(url: str, bodies: Mapping[str, Told], *, watch: bool) -> AsyncIterator[Told]:
@@ -185,16 +185,17 @@ async def _read(client: AsyncLoraServe, request_id: str, out: Path | None) -> To
 
 async def _followed(url: str, asked: Iterable[Told], out: Path | None) -> AsyncIterator[Told]:
     async def end_of(told: Told) -> Told:
-        if "refused" in told:
-            return told
         request_id = told["request_id"]
         name = f"{request_id}  {Path(told['file']).name}" if "file" in told else request_id
         await client.wait(request_id, on_status=board.watch(name))
-        return told | await _read(client, request_id, out)
+        return await _read(client, request_id, out)
+
+    async def follow(told: Told) -> Told:
+        return told if "refused" in told else told | await _tried(end_of(told))
 
     async with _connect(url, PATIENCE_S) as client:
         with Board() as board:
-            ended = await asyncio.gather(*(_tried(end_of(told)) for told in asked))
+            ended = await asyncio.gather(*map(follow, asked))
     for told in ended:
         yield told
 

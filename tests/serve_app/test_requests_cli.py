@@ -83,6 +83,8 @@ def test_failed_and_canceled_jobs_are_told_by_the_exit_code(service: Service) ->
     assert stops["cancel_requested"] and stops["status"] == "in_progress"
     assert ended["refused"]["code"] == "JOB_ALREADY_FINISHED"
     assert unknown == {"request_id": "nothing", "refused": unknown["refused"]}
+    (unknown,) = told(run(service, "get", "nothing", "--watch", "--json", code=1))
+    assert (unknown["request_id"], unknown["refused"]["code"]) == ("nothing", "REQUEST_NOT_FOUND")
 
 
 def test_models_of_a_server(service: Service) -> None:
