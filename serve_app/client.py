@@ -54,8 +54,8 @@ class LoraServe:
     """A client that blocks; threads may share it.
 
     `api_key` goes to `base_url` only. Trouble that may pass (no connection, a restart of the gateway, 429,
-    503) is met with further attempts for `patience_s` seconds. Raises `ValueError` unless `base_url` is that
-    of a server.
+    503) is met with further attempts for `patience_s` seconds. Raises `ValueError` for an address or a key
+    that cannot be one.
     """
 
     def __init__(self, base_url: str, api_key: str | None = None, *, patience_s: float = PATIENCE_S) -> None:

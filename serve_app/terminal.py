@@ -60,6 +60,7 @@ class Board:
             done = status.progress
             if status.ended:
                 self._lines.update(line, total=1, completed=status.status is JobState.SUCCEEDED)
+                self._lines.stop_task(line)
             elif done is not None:
                 so_far = done.prompt * done.steps + done.step
                 self._lines.update(line, total=done.prompts * done.steps, completed=so_far)
