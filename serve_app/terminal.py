@@ -54,7 +54,7 @@ class Board:
 
     def watch(self, name: str) -> OnStatus:
         """Add a line; return what moves it."""
-        line = self._lines.add_task(name, total=None, note="")
+        line = self._lines.add_task(name, total=1, note="")
 
         def show(status: Status) -> None:
             done = status.progress
