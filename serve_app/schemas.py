@@ -99,12 +99,11 @@ class WebhookItem(_Part):
     events: Annotated[list[Literal["succeeded", "failed", "canceled"]], Field(min_length=1)] | None = None
 
 
-class InferenceRequest(_Part):
-    """Body of `POST /v1/inference`."""
+class RequestFields(_Part):
+    """What holds for a whole request, beside its prompts."""
 
     model: Text
     loras: Annotated[list[LoraItem], Field(max_length=MAX_ITEMS)]
-    prompts: Annotated[list[PromptItem], Field(min_length=1, max_length=MAX_ITEMS)]
     trigger_word: Text | None = None
     hf_token: Annotated[Token | None, Field(repr=False)] = None
     kv_cache: bool | None = None
@@ -112,6 +111,12 @@ class InferenceRequest(_Part):
     output_format: OutputFormat | None = None
     sampling: Sampling | None = None
     webhook: WebhookItem | None = None
+
+
+class InferenceRequest(RequestFields):
+    """Body of `POST /v1/inference`."""
+
+    prompts: Annotated[list[PromptItem], Field(min_length=1, max_length=MAX_ITEMS)]
 
     @property
     def unknown_fields(self) -> list[str]:

@@ -262,6 +262,8 @@ def test_the_description_is_valid_and_complete(service: Service) -> None:
     assert set(description["paths"]) == {
         "/v1/inference",
         "/v1/loras/inspect",
+        "/v1/images/generations",
+        "/v1/images/edits",
         "/v1/requests/{request_id}/status",
         "/v1/requests/{request_id}/result",
         "/v1/requests/{request_id}",
