@@ -93,7 +93,8 @@ _INSPECTED = (Code.LORA_URL_IS_HTML, Code.LORA_ACCESS_DENIED, Code.LORA_UNREACHA
 _CODES = list(Code)
 
 SUBMISSION = (
-    *(code for code in _CODES[1 : _CODES.index(Code.BODY_TOO_LARGE) + 1] if code not in _INSPECTED),
+    *(code for code in _CODES[1 : _CODES.index(Code.CONTROL_IMAGE_SHAPE) + 1] if code not in _INSPECTED),
+    Code.BODY_TOO_LARGE,
     Code.STORE_UNAVAILABLE,
 )
 """What a request to render may be refused with, beside a missing key: the codes as they stand above."""

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Annotated, TypeVar
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Query, Response
+from fastapi import APIRouter, Depends, FastAPI, Path, Query, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse
 
@@ -31,6 +31,7 @@ from serve_app.answers import (
 )
 from serve_app.auth import SCHEME, KeyedRoute, Tenant, open_keys
 from serve_app.bounds import BoundedRoute
+from serve_app.description import DescribedApp
 from serve_app.errors import (
     INSPECTION,
     SUBMISSION,
@@ -46,7 +47,7 @@ from serve_app.openai.routes import images
 from serve_app.parts import Parts, Shared, open_parts
 from serve_app.schemas import InferenceRequest, InspectRequest
 from serve_app.settings import GatewayArgs
-from serve_app.submission import check_key, submit
+from serve_app.submission import IdempotencyKey, check_key, submit
 from serve_app.webhooks import open_signer
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,9 @@ _MEDIA_TYPES = {f".{suffix}": media_type for suffix, media_type in FILE_TYPES.va
 }
 
 
-async def _request_id(request_id: str) -> str:
+async def _request_id(
+    request_id: Annotated[str, Path(description="Id of the request", json_schema_extra={"format": "uuid"})],
+) -> str:
     """Refuse what is no id of ours before it reaches the job table: not every database takes every text."""
     if not _ID.fullmatch(request_id):
         raise Refusal(Code.REQUEST_NOT_FOUND, request_id=request_id)
@@ -103,12 +106,13 @@ def create_app(settings: GatewayArgs) -> FastAPI:
         async with open_parts(settings, signer) as app.state.parts:
             yield
 
-    app = FastAPI(
+    app = DescribedApp(
         title="lora-serve",
         version="1",
         description="LoRA inference for diffusion models.",
         lifespan=lifespan,
         responses=documented(Code.INTERNAL_ERROR),
+        generate_unique_id_function=lambda route: route.name,
     )
     app.state.max_body_bytes = settings.max_body_bytes
     app.state.keys = keys
@@ -136,7 +140,7 @@ async def submit_request(
     body: InferenceRequest,
     tenant: Tenant,
     parts: Shared,
-    idempotency_key: Annotated[str | None, Header()] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> SubmitAnswer:
     """Store a request and answer at once; a worker renders it."""
     check_key(idempotency_key)
@@ -148,9 +152,11 @@ async def submit_request(
 async def list_requests(
     tenant: Tenant,
     parts: Shared,
-    state: JobState | None = None,
-    model: str | None = None,
-    limit: Annotated[int, Query(ge=1, le=MAX_LIMIT)] = 50,
+    state: Annotated[JobState | None, Query(description="Only those in this state")] = None,
+    model: Annotated[
+        str | None, Query(description="Only those of this model", json_schema_extra={"enum": list(CATALOG)})
+    ] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_LIMIT, description="How many at most")] = 50,
     cursor: Annotated[str | None, Query(description="`next_cursor` of the page before")] = None,
 ) -> ListAnswer:
     """List your requests, newest first."""
@@ -210,8 +216,15 @@ async def check_ready(parts: Shared) -> ReadyAnswer:
     return ReadyAnswer()
 
 
-@public.get("/outputs/{key:path}", response_class=FileResponse, responses=documented(Code.OUTPUT_NOT_FOUND))
-async def read_output(key: str, parts: Shared) -> FileResponse:
+@public.get(
+    "/outputs/{key:path}",
+    response_class=FileResponse,
+    responses=documented(Code.OUTPUT_NOT_FOUND)
+    | {200: {"description": "The file", "content": {kind: {} for kind in _MEDIA_TYPES.values()}}},
+)
+async def read_output(
+    key: Annotated[str, Path(description="What follows `/outputs/` in a URL of a result")], parts: Shared
+) -> FileResponse:
     """Send a picture or manifest from the local output directory; S3 serves its objects itself."""
     path = await parts.run(partial(parts.store.local_path, key))
     if path is None:

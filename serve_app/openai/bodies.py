@@ -5,17 +5,28 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from deployments.catalog import CATALOG
 from deployments.render import ImageFormat
-from serve_app.schemas import MAX_ITEMS, InferenceRequest, LoraItem, PromptItem, RequestFields, Side
+from serve_app.schemas import (
+    MAX_ITEMS,
+    InferenceRequest,
+    LoraItem,
+    PromptItem,
+    RequestFields,
+    Side,
+    Text,
+)
 
 MAX_PICTURES = 10
 """Of one request, as OpenAI bounds its `n`."""
 
 NUMBERED = ("ctrl_img_1", "ctrl_img_2", "ctrl_img_3")
 """The fields of a prompt for several images to edit."""
+
+_MODELS = [row for row in CATALOG.values() if not row.video]
 
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 
@@ -36,11 +47,15 @@ Size = Annotated[
     WithJsonSchema(
         {
             "anyOf": [{"type": "string", "pattern": f"^(auto|{_SIZE.pattern})$"}, {"type": "null"}],
-            "description": "`WIDTHxHEIGHT` in pixels, or `auto`; wins over `width` and `height`.",
-            "examples": ["1024x768"],
         }
     ),
 ]
+
+
+def _not_streamed(value: bool) -> bool:
+    if value:
+        raise PydanticCustomError("stream", "Pictures are not streamed")
+    return value
 
 
 class ImageGeneration(RequestFields, PromptItem):
@@ -49,11 +64,18 @@ class ImageGeneration(RequestFields, PromptItem):
     `n` pictures are `n` prompts with seeds that count up from `seed`, -1 draws each anew.
     """
 
+    model: Annotated[Text, Field(json_schema_extra={"enum": [row.id for row in _MODELS]})]
+    """An id of `GET /v1/models` that makes pictures."""
     loras: Annotated[list[LoraItem], Field(max_length=MAX_ITEMS, default_factory=list)]
+    """One LoRA, which it needs; more where the model's `max_loras` says so."""
     n: Annotated[int, Field(ge=1, le=MAX_PICTURES)] | None = None
+    """How many pictures; 1 by default. Seeds count up from `seed`."""
     size: Size = None
+    """`WIDTHxHEIGHT` in pixels, or `auto`; wins over `width` and `height`."""
     response_format: Literal["url", "b64_json"] | None = None
-    stream: Literal[False] | None = None
+    """`url` by default."""
+    stream: Annotated[bool, AfterValidator(_not_streamed), WithJsonSchema({"const": False})] | None = None
+    """True is refused."""
 
     def inference_request(self) -> InferenceRequest:
         """Return the request of ours that asks for the same."""
@@ -77,8 +99,14 @@ class ImageGeneration(RequestFields, PromptItem):
 class ImageEdit(ImageGeneration):
     """Body of `POST /v1/images/edits`, from its multipart form; `image` are base64 or URLs."""
 
+    model: Annotated[
+        Text, Field(json_schema_extra={"enum": [row.id for row in _MODELS if row.control_images.most]})
+    ]
+    """An id of `GET /v1/models` that makes pictures of pictures."""
     image: Annotated[list[str], Field(min_length=1, max_length=len(NUMBERED))]
+    """The images to edit, in their order."""
     mask: None = None
+    """Refused."""
 
     def _controls(self) -> dict[str, str | None]:
         # One image goes where previews of every model look for it.

@@ -33,10 +33,22 @@ _NESTED = ("loras", "webhook")
 
 
 def _schema() -> dict[str, Any]:
-    """Return the schema of the form; the parts that it refers to are those of the other routes."""
+    """Return the schema of the form, which has no null; what it refers to is in that of the other routes."""
     schema = ImageEdit.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema["properties"]["image"]["items"]["contentMediaType"] = "application/octet-stream"
-    return {name: value for name, value in schema.items() if name != "$defs"}
+    fields: dict[str, Any] = schema["properties"]
+    fields["image"]["items"]["contentMediaType"] = "application/octet-stream"
+    for field in fields.values():
+        for choice in field.pop("anyOf", ()):
+            field |= {} if choice == {"type": "null"} else choice
+        if field.get("default", ...) is None:
+            del field["default"]
+    return {
+        "title": schema["title"],
+        "description": schema["description"],
+        "type": "object",
+        "properties": {name: field for name, field in fields.items() if field.get("type") != "null"},
+        "required": schema["required"],
+    }
 
 
 EDIT_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _schema()}}}}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Query, Response
+from fastapi import APIRouter, Depends, Query, Response
 
 from cluster.jobs import Job, JobState, StoreUnavailable
 from cluster.objects import StoreError
@@ -19,7 +19,7 @@ from serve_app.openai.bodies import NUMBERED, ImageAnswer, ImageEdit, ImageGener
 from serve_app.openai.errors import OpenAIRoute, Unmade, documented_with_failures
 from serve_app.openai.forms import EDIT_FORM, read_edit
 from serve_app.parts import Parts, Shared
-from serve_app.submission import check_key, submit
+from serve_app.submission import IdempotencyKey, check_key, submit
 
 WAIT_S = 300.0
 """How long an answer may take unless the request says otherwise: OpenAI's client gives up after 600 s."""
@@ -44,7 +44,7 @@ async def _call(
     tenant: Tenant,
     parts: Shared,
     response: Response,
-    idempotency_key: Annotated[str | None, Header()] = None,
+    idempotency_key: IdempotencyKey = None,
     wait: Annotated[
         float,
         Query(ge=0, le=MAX_WAIT_S, allow_inf_nan=False, description="Longest time to answer, in seconds."),

@@ -285,7 +285,7 @@ def test_the_description_is_valid_and_complete(service: Service) -> None:
     submit = description["paths"]["/v1/inference"]["post"]
     request = submit["requestBody"]["content"]["application/json"]["schema"]
     assert request == {"$ref": "#/components/schemas/InferenceRequest"}
-    assert set(submit["responses"]) == {"200", "400", "409", "413", "422", "429", "503"}
+    assert set(submit["responses"]) == {"200", "400", "409", "413", "422", "429", "500", "503"}
     assert any(parameter["name"] == "idempotency-key" for parameter in submit["parameters"])
     assert set(description["paths"]["/v1/requests/{request_id}"]["delete"]["responses"]) >= {
         "200",
