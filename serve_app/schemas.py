@@ -30,7 +30,9 @@ def _plain(value: str) -> str:
     return value
 
 
-Text = Annotated[str, AfterValidator(_plain), Field(json_schema_extra={"pattern": r"^[^\x00]*$"})]
+_WITHOUT_NUL = Field(json_schema_extra={"pattern": r"^[^\x00]*$"})
+
+Text = Annotated[str, AfterValidator(_plain), _WITHOUT_NUL]
 
 LEAST_SIDE, MOST_SIDE = 64, 4096
 """Bounds of a picture's sides in pixels, as in the reference server; so are those that follow."""
@@ -40,7 +42,7 @@ Guidance = Annotated[float, Field(ge=0, le=20, allow_inf_nan=False)]
 Steps = Annotated[int, Field(ge=1, le=150)]
 Seed = Annotated[int, Field(ge=-1, lt=2**64)]
 Multiplier = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
-LoraPath = Annotated[Text, Field(max_length=MAX_PATH_CHARS)]
+Reference = Annotated[str, Field(max_length=MAX_PATH_CHARS), AfterValidator(_plain), _WITHOUT_NUL]
 
 Token = Annotated[str, Field(max_length=1000, pattern=r"^[!-~]*$")]
 """What fits into an HTTP header."""
@@ -62,7 +64,7 @@ class _Part(BaseModel):
 class LoraItem(_Part):
     """One LoRA of a request. `path` is relative to the LoRA root, or a reference to elsewhere."""
 
-    path: LoraPath
+    path: Reference
     """A file below the LoRA root, or a URL."""
     transformer: Literal["low", "high"] | None = None
     """Which of two transformers it is for, where the model has two."""
@@ -117,7 +119,7 @@ class PromptItem(_Part):
 class WebhookItem(_Part):
     """Where to tell that the request has ended; `events` are the states to tell of, all by default."""
 
-    url: Annotated[Text, Field(max_length=MAX_PATH_CHARS, repr=False)]
+    url: Annotated[Reference, Field(repr=False)]
     """Where to send the message."""
     events: Annotated[list[Literal["succeeded", "failed", "canceled"]], Field(min_length=1)] | None = None
     """The states to tell of, all of these by default."""
@@ -169,7 +171,7 @@ class InferenceRequest(RequestFields):
 class InspectRequest(_Part):
     """Body of `POST /v1/loras/inspect`; `path` as in `LoraItem`."""
 
-    path: LoraPath
+    path: Reference
     """A file below the LoRA root, or a URL."""
     hf_token: Annotated[Token | None, Field(repr=False)] = None
     """Hub token for a gated file; not kept."""
