@@ -18,8 +18,7 @@ from serve_app.description import EXAMPLES
 from serve_app.errors import Code
 from serve_app.gateway import create_app
 from serve_app.settings import GatewayArgs
-from tests.serve_app.conftest import png, save_pair, serving
-from tests.serve_app.openai.conftest import worker
+from tests.serve_app.conftest import png, rendering, save_pair, serving
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
 
@@ -120,7 +119,7 @@ def test_the_document_is_consistent() -> None:
 def test_the_service_keeps_to_its_description(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("API_KEYS", KEY)
     monkeypatch.setenv("SECRET_KEY", "Sg7secret-0123456789-0123456789-01")
-    with serving(tmp_path) as service, worker(service):
+    with serving(tmp_path) as service, rendering(service):
         save_pair(tmp_path / "loras" / "my_style.safetensors")  # Examples name it.
         service.store.put("example/0.png", png(), "image/png")
         run = [Path(sys.executable).with_name("st"), "--config-file", str(CONFIG), "run"]

@@ -11,15 +11,15 @@ import openai
 import pytest
 
 from cluster.objects import content_key
-from tests.serve_app.conftest import Service, png, serving
-from tests.serve_app.openai.conftest import LORAS, prompts, worker
+from tests.serve_app.conftest import Service, png, rendering, serving
+from tests.serve_app.openai.conftest import LORAS, prompts
 
 RED, BLUE = png(48, 32, (200, 0, 0)), png(32, 48, (0, 0, 200))
 
 
 def test_one_image(service: Service, client: openai.OpenAI) -> None:
     ours = {**LORAS, "stream": False, "seed": 7, "sample_steps": 4, "trigger_word": "p5x"}
-    with worker(service, "flux_kontext") as claimed:
+    with rendering(service, "flux_kontext") as claimed:
         answer = client.images.edit(
             model="flux_kontext",
             image=("photo.png", io.BytesIO(RED)),
@@ -41,7 +41,7 @@ def test_one_image(service: Service, client: openai.OpenAI) -> None:
 
 
 def test_several_images_keep_their_order(service: Service, client: openai.OpenAI) -> None:
-    with worker(service, "qwen_image_edit_plus") as claimed:
+    with rendering(service, "qwen_image_edit_plus") as claimed:
         client.images.edit(
             model="qwen_image_edit_plus", image=[RED, BLUE], prompt="put them together", extra_body=LORAS
         )
@@ -57,7 +57,7 @@ def test_several_images_keep_their_order(service: Service, client: openai.OpenAI
     ],
 )
 def test_forms_that_others_send(service: Service, loras: dict[str, str]) -> None:
-    with worker(service, "flux_kontext") as claimed:
+    with rendering(service, "flux_kontext") as claimed:
         answer = service.client.post(
             "/v1/images/edits",
             data={"model": "flux_kontext", "prompt": "winter", **loras},
@@ -75,7 +75,7 @@ def test_several_loras_come_field_by_field(tmp_path: Any) -> None:
     with (
         serving(tmp_path, max_loras={"flux_kontext": 2}) as service,
         openai.OpenAI(base_url=f"{service.client.base_url}/v1", api_key="unused") as client,
-        worker(service, "flux_kontext") as jobs,
+        rendering(service, "flux_kontext") as jobs,
     ):
         client.images.edit(model="flux_kontext", image=RED, prompt="w", extra_body={"loras": loras})
         del loras[0]["network_multiplier"]

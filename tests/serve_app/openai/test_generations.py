@@ -14,12 +14,12 @@ import pytest
 
 from cluster.jobs import Claim, FailureCode, JobState
 from deployments.catalog import CATALOG
-from tests.serve_app.conftest import Service, png, serving
-from tests.serve_app.openai.conftest import LORAS, prompts, worker
+from tests.serve_app.conftest import Service, png, rendering, serving
+from tests.serve_app.openai.conftest import LORAS, prompts
 
 
 def test_a_picture_by_url(service: Service, client: openai.OpenAI) -> None:
-    with worker(service) as claimed:
+    with rendering(service) as claimed:
         answer = client.images.generate(
             model="flux", prompt="a red fox", size="128x64", response_format="url", extra_body=LORAS
         )
@@ -43,7 +43,7 @@ def test_every_field_of_ours_goes_through_extra_body(service: Service, client: o
         "sampling": "preview",
         "seed": 2**64 - 1,
     }
-    with worker(service) as claimed:
+    with rendering(service) as claimed:
         answer = client.images.generate(
             model="flux", prompt="[trigger], a fox", n=3, extra_body={**LORAS, **ours}, user="me"
         )
@@ -64,7 +64,7 @@ def test_every_field_of_ours_goes_through_extra_body(service: Service, client: o
 
 
 def test_pictures_in_base64_with_the_seeds_of_prompts(service: Service, client: openai.OpenAI) -> None:
-    with worker(service) as claimed:
+    with rendering(service) as claimed:
         answer = client.images.generate(
             model="flux",
             prompt="a red fox",
@@ -79,7 +79,7 @@ def test_pictures_in_base64_with_the_seeds_of_prompts(service: Service, client: 
 
 
 def test_an_idempotency_key_makes_one_job(service: Service, client: openai.OpenAI) -> None:
-    with worker(service) as claimed:
+    with rendering(service) as claimed:
         ids = {
             client.images.generate(
                 model="flux",
@@ -159,7 +159,7 @@ def fail(service: Service, code: FailureCode) -> Any:
 def test_a_failed_job_is_an_error_that_is_not_sent_again(
     service: Service, client: openai.OpenAI, failure: FailureCode, kind: type[openai.APIStatusError]
 ) -> None:
-    with worker(service, end=fail(service, failure)) as claimed, pytest.raises(kind) as caught:
+    with rendering(service, end=fail(service, failure)) as claimed, pytest.raises(kind) as caught:
         client.images.generate(model="flux", prompt="a red fox", extra_body=LORAS)
     (job,) = claimed
     assert caught.value.code == failure
@@ -172,7 +172,7 @@ def test_a_canceled_job(service: Service, client: openai.OpenAI) -> None:
         service.queue.cancel(claim.job.id)
         service.queue.finish(claim, JobState.CANCELED)
 
-    with worker(service, end=cancel) as claimed, pytest.raises(openai.ConflictError) as caught:
+    with rendering(service, end=cancel) as claimed, pytest.raises(openai.ConflictError) as caught:
         client.images.generate(model="flux", prompt="a red fox", extra_body=LORAS)
     assert caught.value.code == "REQUEST_CANCELED"
     assert [job.id for job in claimed] == [caught.value.request_id]
@@ -223,7 +223,7 @@ def test_many_wait_at_once_and_the_gateway_answers_others(fresh: Service) -> Non
         while fresh.stored[0] < 40:
             time.sleep(0.05)
         assert fresh.client.get("/ready", timeout=10).json() == {"status": "ready"}
-        with worker(fresh) as claimed:
+        with rendering(fresh) as claimed:
             ids = waiting.result()
     assert sorted(ids) == sorted(job.id for job in claimed)
 
@@ -239,6 +239,9 @@ def test_keys_are_asked_for_in_openais_form(tmp_path: Any, monkeypatch: pytest.M
             wrong.images.generate(model="flux", prompt="a fox", extra_body=LORAS)
         assert caught.value.code == "API_KEY_REQUIRED"
         assert caught.value.response.headers["WWW-Authenticate"] == "Bearer"
-        with openai.OpenAI(base_url=base_url, api_key="Sg7alice-0123456789") as alice, worker(keyed) as jobs:
+        with (
+            openai.OpenAI(base_url=base_url, api_key="Sg7alice-0123456789") as alice,
+            rendering(keyed) as jobs,
+        ):
             alice.images.generate(model="flux", prompt="a fox", extra_body=LORAS)
         assert [job.tenant for job in jobs] == ["alice"]
