@@ -13,8 +13,6 @@ _REQUEST_URL = f"http://127.0.0.1:8000/v1/requests/{_ID}"
 _OUTPUT = f"/outputs/{_ID}/1/0"
 _CREATED, _FINISHED = "2026-11-20T23:52:30.679001Z", "2026-11-20T23:52:37.101215Z"
 
-_PROMPT = "[trigger], a red fox in the snow"
-
 _LORA = {"path": "my_style.safetensors", "network_multiplier": 0.8}
 
 _STATUS = {
@@ -58,7 +56,7 @@ EXAMPLES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "InferenceRequest": {
             "model": "flux",
             "loras": [_LORA],
-            "prompts": [{"prompt": _PROMPT, "width": 1024, "height": 768, "seed": 42}],
+            "prompts": [{"prompt": "[trigger], a red fox", "width": 1024, "height": 768, "seed": 42}],
             "trigger_word": "p5x",
             "output_format": "png",
         },
@@ -123,14 +121,6 @@ EXAMPLES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
                 }
             ],
             "fitting_models": ["flux"],
-        },
-        "ImageGeneration": {
-            "model": "flux",
-            "prompt": _PROMPT,
-            "size": "1024x768",
-            "n": 2,
-            "loras": [_LORA],
-            "trigger_word": "p5x",
         },
         "ImagesAnswer": {
             "created": 1795219950,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from deployments.catalog import CATALOG
@@ -25,6 +25,15 @@ MAX_PICTURES = 10
 
 NUMBERED = ("ctrl_img_1", "ctrl_img_2", "ctrl_img_3")
 """The fields of a prompt for several images to edit."""
+
+EXAMPLE: dict[str, Any] = {
+    "model": "flux",
+    "prompt": "[trigger], a red fox in the snow",
+    "size": "1024x768",
+    "n": 2,
+    "loras": [{"path": "my_style.safetensors", "network_multiplier": 0.8}],
+    "trigger_word": "p5x",
+}
 
 _MODELS = [row for row in CATALOG.values() if not row.video]
 
@@ -64,6 +73,8 @@ class ImageGeneration(RequestFields, PromptItem):
     `n` pictures are `n` prompts with seeds that count up from `seed`, -1 draws each anew.
     """
 
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
+
     model: Annotated[Text, Field(json_schema_extra={"enum": [row.id for row in _MODELS]})]
     """An id of `GET /v1/models` that makes pictures."""
     loras: Annotated[list[LoraItem], Field(max_length=MAX_ITEMS, default_factory=list)]
@@ -98,6 +109,8 @@ class ImageGeneration(RequestFields, PromptItem):
 
 class ImageEdit(ImageGeneration):
     """Body of `POST /v1/images/edits`, from its multipart form; `image` are base64 or URLs."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": []})
 
     model: Annotated[
         Text, Field(json_schema_extra={"enum": [row.id for row in _MODELS if row.control_images.most]})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 
 from cluster.jobs import Job, JobState, StoreUnavailable
 from cluster.objects import StoreError
@@ -17,7 +17,7 @@ from serve_app.auth import Tenant
 from serve_app.errors import SUBMISSION, Code, Refusal
 from serve_app.openai.bodies import NUMBERED, ImageAnswer, ImageEdit, ImageGeneration, ImagesAnswer
 from serve_app.openai.errors import OpenAIRoute, Unmade, documented_with_failures
-from serve_app.openai.forms import EDIT_FORM, read_edit
+from serve_app.openai.reading import described, described_form, read_edit, read_generation
 from serve_app.parts import Parts, Shared
 from serve_app.submission import IdempotencyKey, check_key, submit
 
@@ -33,24 +33,25 @@ images = APIRouter(prefix="/v1/images", route_class=OpenAIRoute)
 class _Call:
     """What both routes get beside the body."""
 
+    request: Request
     tenant: str
     parts: Parts
     key: str | None
     wait_s: float
-    response: Response
 
 
 async def _call(
+    request: Request,
     tenant: Tenant,
     parts: Shared,
-    response: Response,
     idempotency_key: IdempotencyKey = None,
     wait: Annotated[
         float,
         Query(ge=0, le=MAX_WAIT_S, allow_inf_nan=False, description="Longest time to answer, in seconds."),
     ] = WAIT_S,
 ) -> _Call:
-    return _Call(tenant, parts, idempotency_key, wait, response)
+    check_key(idempotency_key)
+    return _Call(request, tenant, parts, idempotency_key, wait)
 
 
 Call = Annotated[_Call, Depends(_call)]
@@ -65,39 +66,63 @@ _REFUSALS = documented_with_failures(
 )
 
 
-@images.post("/generations", responses=_REFUSALS, response_model_exclude_none=True)
-async def generate_images(body: ImageGeneration, call: Call) -> ImagesAnswer:
+@images.post(
+    "/generations",
+    responses=_REFUSALS,
+    response_model_exclude_none=True,
+    openapi_extra=described(ImageGeneration, "application/json"),
+)
+async def generate_images(call: Call, response: Response) -> ImagesAnswer:
     """Make pictures of a prompt, and answer when they are there."""
-    return await _make(body, call)
+    return await _wait(await _submit(await read_generation(call.request), call), call, response)
 
 
-@images.post("/edits", responses=_REFUSALS, response_model_exclude_none=True, openapi_extra=EDIT_FORM)
-async def edit_images(body: Annotated[ImageEdit, Depends(read_edit)], call: Call) -> ImagesAnswer:
+@images.post(
+    "/edits",
+    responses=_REFUSALS,
+    response_model_exclude_none=True,
+    openapi_extra=described_form(ImageEdit),
+)
+async def edit_images(call: Call, response: Response) -> ImagesAnswer:
     """Make pictures of a prompt and of up to three images, and answer when they are there."""
-    _check_takes_images(body)
-    return await _make(body, call)
+    return await _wait(await _submit(await read_edit(call.request, call.parts), call), call, response)
 
 
-async def _make(body: ImageGeneration, call: _Call) -> ImagesAnswer:
-    """Submit, wait without a thread, and answer. Raises `Refusal`, `Unmade`, and the stores' errors."""
-    check_key(call.key)
+@dataclass(frozen=True)
+class _Asked:
+    """What is left of a request that is stored."""
+
+    request_id: str
+    embedded: bool
+
+
+async def _submit(body: ImageGeneration, call: _Call) -> _Asked:
+    """Store the request. Raises `Refusal` and the stores' errors."""
     if body.model in CATALOG and CATALOG[body.model].video:
         raise Refusal(Code.IMAGE_MODEL_REQUIRED, model=body.model)
+    if isinstance(body, ImageEdit):
+        _check_takes_images(body)
     job = await submit(body.inference_request(), call.key, call.tenant, call.parts)
-    call.response.headers["X-Request-Id"] = job.id
+    return _Asked(job.id, body.response_format == "b64_json")
+
+
+async def _wait(asked: _Asked, call: _Call, response: Response) -> ImagesAnswer:
+    """Wait without a thread, then answer. Raises `Unmade`."""
+    response.headers["X-Request-Id"] = asked.request_id
     try:
-        told = await call.parts.when_ended(partial(_status, job.id, call.parts), job.id, call.wait_s)
+        read = partial(_status, asked.request_id, call.parts)
+        told = await call.parts.when_ended(read, asked.request_id, call.wait_s)
         if told.status is not JobState.SUCCEEDED:
-            raise Unmade(job.id, told)
-        return await call.parts.run(partial(_answer, job.id, body.response_format == "b64_json", call.parts))
+            raise Unmade(asked.request_id, told)
+        return await call.parts.run(partial(_answer, asked, call.parts))
     except (StoreUnavailable, StoreError):
         # The job is there, so this must not read as if it might be sent again.
-        raise Unmade(job.id, None) from None
+        raise Unmade(asked.request_id, None) from None
 
 
 def _check_takes_images(body: ImageEdit) -> None:
     """Refuse images that the model would not look at. An unknown model is refused later."""
-    if body.model not in CATALOG or CATALOG[body.model].video:
+    if body.model not in CATALOG:
         return
     row = CATALOG[body.model].sampled(body.sampling or "reference")
     most = min(row.control_images.most, len(NUMBERED))
@@ -116,12 +141,12 @@ def _status(request_id: str, parts: Parts) -> StatusAnswer:
     return StatusAnswer.of(_job(request_id, parts), None)
 
 
-def _answer(request_id: str, embedded: bool, parts: Parts) -> ImagesAnswer:
-    job, recorded = _job(request_id, parts), parts.queue.outputs(request_id)
+def _answer(asked: _Asked, parts: Parts) -> ImagesAnswer:
+    job, recorded = _job(asked.request_id, parts), parts.queue.outputs(asked.request_id)
     made = Outputs.of(recorded, parts.store, parts.settings.base_url).images
     data = [
         ImageAnswer(seed=image.seed, b64_json=base64.b64encode(parts.store.get(output["key"])).decode())
-        if embedded
+        if asked.embedded
         else ImageAnswer(seed=image.seed, url=image.url)
         for image, output in zip(made, recorded, strict=True)
     ]

@@ -117,6 +117,7 @@ def send(service: Service, fields: dict[str, Any], files: Any = None, **options:
         ({"loras": "3", "loras[][path]": "x"}, None, ""),
         ({"loras": '["x"]', "loras[][path]": "x"}, None, ""),
         ({"webhook": "x", "webhook[url]": "x"}, None, ""),
+        ({"webhook": "3", "webhook[][url]": "x"}, None, ""),
         ({"webhook[url]": "x", "webhook[events][]": "never"}, None, "webhook.events.0"),
         ({"seed[x]": "1"}, None, "seed"),
         ({"n": "many"}, None, "n"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 
 from cluster.jobs import Claim, FailureCode, JobState
 from deployments.catalog import CATALOG
+from serve_app.openai.bodies import ImageGeneration
+from serve_app.schemas import InferenceRequest
 from tests.serve_app.conftest import Service, png, rendering, serving
 from tests.serve_app.openai.conftest import LORAS, prompts
 
@@ -143,6 +146,21 @@ def test_a_bad_field_is_named(service: Service, client: openai.OpenAI, field: st
     assert service.stored == before
 
 
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"{", "application/json"),
+        (b"[]", "application/json"),
+        (b"", "application/json"),
+        (b'{"model": "flux", "prompt": "a fox", "loras": [{"path": "style.safetensors"}]}', "text/plain"),
+    ],
+)
+def test_what_is_no_json(service: Service, content: bytes, kind: str) -> None:
+    headers = {"Content-Type": kind}
+    answer = service.client.post("/v1/images/generations", content=content, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "FIELD_INVALID")
+
+
 def fail(service: Service, code: FailureCode) -> Any:
     return lambda claim: service.queue.finish(
         claim, JobState.FAILED, error="It is a sentence.", error_code=code
@@ -226,6 +244,19 @@ def test_many_wait_at_once_and_the_gateway_answers_others(fresh: Service) -> Non
         with rendering(fresh) as claimed:
             ids = waiting.result()
     assert sorted(ids) == sorted(job.id for job in claimed)
+
+
+def test_who_waits_holds_no_body(fresh: Service) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        asked = {"model": "flux", "prompt": "a fox", "ctrl_img": "A" * 10**6, **LORAS}
+        waiting = pool.submit(fresh.client.post, "/v1/images/generations?wait=5", json=asked)
+        while not fresh.stored[0]:
+            time.sleep(0.05)
+        time.sleep(1)
+        gc.collect()
+        bodies = [each for each in gc.get_objects() if isinstance(each, ImageGeneration | InferenceRequest)]
+        assert not waiting.done() and not bodies
+        assert waiting.result().status_code == 504
 
 
 def test_keys_are_asked_for_in_openais_form(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

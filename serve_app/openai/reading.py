@@ -1,4 +1,7 @@
-"""Multipart forms of OpenAI's clients, which have no JSON: files, and fields of fields in brackets."""
+"""How bodies of OpenAI's clients are read: JSON; and forms, with files and with fields of fields in brackets.
+
+Not by FastAPI, which holds a body until the answer: here the end of a job is waited for in between.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import base64
 import re
 from collections.abc import Sequence
 from functools import partial
+from json import JSONDecodeError
 from typing import Any
 
 from fastapi import Request
@@ -17,8 +21,8 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from serve_app.errors import Refusal
-from serve_app.openai.bodies import ImageEdit
-from serve_app.parts import Shared
+from serve_app.openai.bodies import ImageEdit, ImageGeneration
+from serve_app.parts import Parts
 
 MAX_FILES = 16
 """As many images as OpenAI takes."""
@@ -32,31 +36,21 @@ _NESTED = ("loras", "webhook")
 """Fields that are no single value; they may also come as JSON."""
 
 
-def _schema() -> dict[str, Any]:
-    """Return the schema of the form, which has no null; what it refers to is in that of the other routes."""
-    schema = ImageEdit.model_json_schema(ref_template="#/components/schemas/{model}")
-    fields: dict[str, Any] = schema["properties"]
-    fields["image"]["items"]["contentMediaType"] = "application/octet-stream"
-    for field in fields.values():
-        for choice in field.pop("anyOf", ()):
-            field |= {} if choice == {"type": "null"} else choice
-        if field.get("default", ...) is None:
-            del field["default"]
-    return {
-        "title": schema["title"],
-        "description": schema["description"],
-        "type": "object",
-        "properties": {name: field for name, field in fields.items() if field.get("type") != "null"},
-        "required": schema["required"],
-    }
+async def read_generation(request: Request) -> ImageGeneration:
+    """Return the JSON body of a generation. Raises `Refusal`, and `RequestValidationError` as FastAPI."""
+    # Forms of other sites' pages come with other types.
+    if "json" not in request.headers.get("Content-Type", ""):
+        raise _invalid("Content-Type must be application/json")
+    try:
+        return ImageGeneration.model_validate(await request.json())
+    except JSONDecodeError as error:
+        raise _invalid(str(error)) from None
+    except ValidationError as error:
+        raise _wrong(error) from None
 
 
-EDIT_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _schema()}}}}
-"""What FastAPI cannot know of the route that uses `read_edit`."""
-
-
-async def read_edit(request: Request, parts: Shared) -> ImageEdit:
-    """Return the body of an edit. Raises `Refusal`, and `RequestValidationError` as FastAPI does."""
+async def read_edit(request: Request, parts: Parts) -> ImageEdit:
+    """Return the body of an edit, a form. Raises as `read_generation`."""
     try:
         async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS) as form:
             return await parts.run(partial(_read, form), parts.pictures)
@@ -65,8 +59,28 @@ async def read_edit(request: Request, parts: Shared) -> ImageEdit:
     except HTTPException as error:
         raise _invalid(error.detail) from None
     except ValidationError as error:
-        faults = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors()]
-        raise RequestValidationError(faults) from None
+        raise _wrong(error) from None
+
+
+def described(model: type[ImageGeneration], media_type: str) -> dict[str, Any]:
+    """Return the `openapi_extra` of a route that reads its body itself; parts are those of other routes."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs")
+    return {"requestBody": {"required": True, "content": {media_type: {"schema": schema}}}}
+
+
+def described_form(model: type[ImageEdit]) -> dict[str, Any]:
+    """As `described`, of a form: it has files, and no null."""
+    extra = described(model, "multipart/form-data")
+    schema = extra["requestBody"]["content"]["multipart/form-data"]["schema"]
+    schema["properties"]["image"]["items"]["contentMediaType"] = "application/octet-stream"
+    for field in schema["properties"].values():
+        for choice in field.pop("anyOf", ()):
+            field |= {} if choice == {"type": "null"} else choice
+        if field.get("default", ...) is None:
+            del field["default"]
+    del schema["properties"]["mask"]
+    return extra
 
 
 def _read(form: FormData) -> ImageEdit:
@@ -88,7 +102,7 @@ def _put(fields: dict[str, Any], name: re.Match[str], sent: Sequence[str | Uploa
         fields[field] = _value(field, values)
     elif listed:
         items = fields.setdefault(field, [{} for _ in values])
-        if [type(item) for item in items] != [dict] * len(values):
+        if not isinstance(items, list) or [type(item) for item in items] != [dict] * len(values):
             raise _invalid(f"{field}: send JSON where not every item has the same fields")
         for item, value in zip(items, values, strict=True):
             item[inner] = value
@@ -117,3 +131,7 @@ def _text(value: str | UploadFile) -> str:
 
 def _invalid(message: str) -> RequestValidationError:
     return RequestValidationError([{"type": "form", "loc": ("body",), "msg": message}])
+
+
+def _wrong(error: ValidationError) -> RequestValidationError:
+    return RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors()])
