@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
-from typing import Any
+from http import HTTPStatus
+from typing import Any, TypeAlias
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -70,6 +71,10 @@ class Code(Enum):
     REQUEST_NOT_FOUND = 404, "There is no request with this id."
     OUTPUT_NOT_FOUND = 404, "There is no such output."
     JOB_ALREADY_FINISHED = 409, "The request has finished; there is nothing left to cancel."
+    IMAGE_MODEL_REQUIRED = 400, "OpenAI's routes make pictures, and this model makes videos."
+    FIELD_INVALID = 422, "A field is missing or has no valid value; details.errors says which."
+    REQUEST_CANCELED = 409, "The request was canceled before it had made its pictures."
+    WAIT_OVER = 504, "The end of the request was not seen in time. It is stored: ask for its result."
     STORE_UNAVAILABLE = 503, "The service cannot reach its store now; nothing was changed. Try again."
     INTERNAL_ERROR = 500, "The service failed on this request; its log says why."
 
@@ -82,6 +87,29 @@ class Code(Enum):
     def message(self) -> str:
         """One sentence for people."""
         return self.value[1]
+
+
+_INSPECTED = (Code.LORA_URL_IS_HTML, Code.LORA_ACCESS_DENIED, Code.LORA_UNREACHABLE)
+
+_CODES = list(Code)
+
+SUBMISSION = (
+    *(code for code in _CODES[1 : _CODES.index(Code.CONTROL_IMAGE_SHAPE) + 1] if code not in _INSPECTED),
+    Code.BODY_TOO_LARGE,
+    Code.STORE_UNAVAILABLE,
+)
+"""What a request to render may be refused with, beside a missing key: the codes as they stand above."""
+
+INSPECTION = (
+    Code.URL_NOT_ALLOWED,
+    Code.LORA_URL_IS_DIRECTORY,
+    Code.LORA_PATH_NOT_ALLOWED,
+    Code.LORA_NOT_FOUND,
+    Code.LORA_FORMAT_NOT_SUPPORTED,
+    *_INSPECTED,
+    Code.BODY_TOO_LARGE,
+)
+"""What a LoRA to inspect may be refused with."""
 
 
 class Error(BaseModel):
@@ -128,9 +156,43 @@ class Refusal(HTTPException):
         )
 
 
-def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return FastAPI's `responses` for routes that refuse with these statuses."""
-    return {status: {"model": ErrorAnswer} for status in statuses}
+Responses: TypeAlias = dict[int | str, dict[str, Any]]
+"""What FastAPI takes as `responses` of a route."""
+
+
+def documented(*codes: Code) -> Responses:
+    """Describe the refusals of a route."""
+    refusals = [(code.status, Error(code=code.name, message=code.message, details={})) for code in codes]
+    return described(ErrorAnswer, ("detail", "error"), refusals)
+
+
+def described(
+    model: type[BaseModel], path: Sequence[str], errors: Iterable[tuple[int, BaseModel]]
+) -> Responses:
+    """Describe errors by status, in bodies of `model` that have them at `path`: their codes, and examples."""
+    schema_path = [key for name in (*path, "code") for key in ("properties", name)]
+    by_status: dict[int, dict[str, Any]] = {}
+    for status, error in errors:
+        shown = error.model_dump()
+        by_status.setdefault(status, {})[shown["code"]] = {"value": _below(path, shown)}
+    return {
+        status: {
+            "model": model,
+            "description": HTTPStatus(status).phrase,
+            "content": {
+                "application/json": {
+                    "schema": _below(schema_path, {"enum": list(examples)}),
+                    "examples": examples,
+                }
+            },
+        }
+        for status, examples in by_status.items()
+    }
+
+
+def _below(path: Sequence[str], leaf: Any) -> Any:  # noqa: ANN401 - any JSON
+    """Return `leaf` in nested objects, one for each name of `path`."""
+    return {path[0]: _below(path[1:], leaf)} if path else leaf
 
 
 def install_handlers(app: FastAPI) -> None:
@@ -168,7 +230,7 @@ def _harmless(error: Mapping[str, Any]) -> bool:
     value = error.get("input")
     # The comparison is false for NaN too.
     ordinary = value is None or (isinstance(value, int | float) and -(2**64) <= value <= 2**64)
-    return ordinary and "hf_token" not in error["loc"]
+    return "input" in error and ordinary and "hf_token" not in error["loc"]
 
 
 def _store_unavailable(_: Request, error: Exception) -> JSONResponse:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Annotated, TypeVar
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, Path, Query, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse
 
@@ -17,6 +17,7 @@ from cluster.jobs import Job, JobState
 from cluster.secrets import can_seal
 from deployments.catalog import CATALOG
 from deployments.loras.inspection import Inspection
+from deployments.media import FILE_TYPES
 from serve_app.answers import (
     HealthAnswer,
     ListAnswer,
@@ -30,15 +31,26 @@ from serve_app.answers import (
 )
 from serve_app.auth import SCHEME, KeyedRoute, Tenant, open_keys
 from serve_app.bounds import BoundedRoute
-from serve_app.errors import Code, Refusal, documented, install_handlers
+from serve_app.description import DescribedApp
+from serve_app.errors import (
+    INSPECTION,
+    SUBMISSION,
+    Code,
+    Refusal,
+    Responses,
+    documented,
+    install_handlers,
+)
 from serve_app.events import DOCUMENTED, EventStream, check_event_id, news
 from serve_app.following import View
 from serve_app.listing import MAX_LIMIT, read_page
+from serve_app.openai.errors import documented as documented_as_openai
+from serve_app.openai.routes import images
 from serve_app.page_files import page_router
-from serve_app.parts import Parts, open_parts
+from serve_app.parts import Parts, Shared, open_parts
 from serve_app.schemas import InferenceRequest, InspectRequest
 from serve_app.settings import GatewayArgs
-from serve_app.submission import check_key, submit
+from serve_app.submission import IdempotencyKey, check_key, submit
 from serve_app.webhooks import open_signer
 
 logger = logging.getLogger(__name__)
@@ -47,26 +59,20 @@ MAX_WAIT_S = 60.0
 
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
-_MEDIA_TYPES = {
-    ".jpg": "image/jpeg",
-    ".png": "image/png",
-    ".webp": "image/webp",
-    ".json": "application/json",
+_MEDIA_TYPES = {f".{suffix}": media_type for suffix, media_type in FILE_TYPES.values()} | {
+    ".json": "application/json"
 }
 
 
-async def _parts(request: Request) -> Parts:
-    return request.app.state.parts
-
-
-async def _request_id(request_id: str) -> str:
+async def _request_id(
+    request_id: Annotated[str, Path(description="Id of the request", json_schema_extra={"format": "uuid"})],
+) -> str:
     """Refuse what is no id of ours before it reaches the job table: not every database takes every text."""
     if not _ID.fullmatch(request_id):
         raise Refusal(Code.REQUEST_NOT_FOUND, request_id=request_id)
     return request_id
 
 
-Shared = Annotated[Parts, Depends(_parts)]
 RequestId = Annotated[str, Depends(_request_id)]
 Wait = Annotated[
     float,
@@ -77,8 +83,9 @@ Wait = Annotated[
         description="Answer when the job has ended, or after these seconds.",
     ),
 ]
-Answer = TypeVar("Answer", StatusAnswer, ResultAnswer)
 Found = TypeVar("Found")
+
+_OF_A_REQUEST = documented(Code.REQUEST_NOT_FOUND, Code.STORE_UNAVAILABLE)
 
 v1 = APIRouter(prefix="/v1", route_class=KeyedRoute)
 
@@ -102,19 +109,19 @@ def create_app(settings: GatewayArgs) -> FastAPI:
         async with open_parts(settings, signer) as app.state.parts:
             yield
 
-    app = FastAPI(
+    app = DescribedApp(
         title="lora-serve",
         version="1",
         description="LoRA inference for diffusion models.",
         lifespan=lifespan,
+        responses=documented(Code.INTERNAL_ERROR),
+        generate_unique_id_function=lambda route: route.name,
     )
     app.state.max_body_bytes = settings.max_body_bytes
     app.state.keys = keys
     install_handlers(app)
-    if keys is None:
-        app.include_router(v1)
-    else:
-        app.include_router(v1, dependencies=[Depends(SCHEME)], responses=documented(401))
+    _include(app, v1, documented(Code.API_KEY_REQUIRED))
+    _include(app, images, documented_as_openai(Code.API_KEY_REQUIRED))
     app.include_router(public)
     app.include_router(page_router())
     if settings.cors_origins:
@@ -124,12 +131,20 @@ def create_app(settings: GatewayArgs) -> FastAPI:
     return app
 
 
-@v1.post("/inference", responses=documented(400, 409, 413, 429, 503))
+def _include(app: FastAPI, router: APIRouter, without_key: Responses) -> None:
+    """Take in a router of `KeyedRoute`s; the description names keys where the service has some."""
+    if app.state.keys is None:
+        app.include_router(router)
+    else:
+        app.include_router(router, dependencies=[Depends(SCHEME)], responses=without_key)
+
+
+@v1.post("/inference", responses=documented(*SUBMISSION))
 async def submit_request(
     body: InferenceRequest,
     tenant: Tenant,
     parts: Shared,
-    idempotency_key: Annotated[str | None, Header()] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> SubmitAnswer:
     """Store a request and answer at once; a worker renders it."""
     check_key(idempotency_key)
@@ -137,35 +152,37 @@ async def submit_request(
     return SubmitAnswer.of(job, parts.settings.base_url)
 
 
-@v1.get("/requests", responses=documented(400, 503))
+@v1.get("/requests", responses=documented(Code.MODEL_NOT_FOUND, Code.CURSOR_INVALID, Code.STORE_UNAVAILABLE))
 async def list_requests(
     tenant: Tenant,
     parts: Shared,
-    state: JobState | None = None,
-    model: str | None = None,
-    limit: Annotated[int, Query(ge=1, le=MAX_LIMIT)] = 50,
+    state: Annotated[JobState | None, Query(description="Only those in this state")] = None,
+    model: Annotated[
+        str | None, Query(description="Only those of this model", json_schema_extra={"enum": list(CATALOG)})
+    ] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_LIMIT, description="How many at most")] = 50,
     cursor: Annotated[str | None, Query(description="`next_cursor` of the page before")] = None,
 ) -> ListAnswer:
     """List your requests, newest first."""
     return await parts.run(partial(read_page, parts.queue, tenant, state, model, limit, cursor))
 
 
-@v1.get("/requests/{request_id}/status", responses=documented(404, 503))
+@v1.get("/requests/{request_id}/status", responses=_OF_A_REQUEST)
 async def read_status(request_id: RequestId, tenant: Tenant, parts: Shared, wait: Wait = 0.0) -> StatusAnswer:
     """Tell how far a request is."""
-    return await _when_ended(partial(_status, request_id, tenant, parts), request_id, parts, wait)
+    return await parts.when_ended(partial(_status, request_id, tenant, parts), request_id, wait)
 
 
-@v1.get("/requests/{request_id}/result", responses=documented(404, 503))
+@v1.get("/requests/{request_id}/result", responses=_OF_A_REQUEST)
 async def read_result(request_id: RequestId, tenant: Tenant, parts: Shared, wait: Wait = 0.0) -> ResultAnswer:
     """Tell what a request made; `outputs` is null until it succeeded."""
-    return await _when_ended(partial(_result, request_id, tenant, parts), request_id, parts, wait)
+    return await parts.when_ended(partial(_result, request_id, tenant, parts), request_id, wait)
 
 
 @v1.get(
     "/requests/{request_id}/events",
     response_class=Response,
-    responses=documented(400, 404, 503) | DOCUMENTED,
+    responses=documented(Code.EVENT_ID_INVALID) | _OF_A_REQUEST | DOCUMENTED,
 )
 async def follow_request(
     request_id: RequestId,
@@ -183,7 +200,7 @@ async def follow_request(
 
 @v1.delete(
     "/requests/{request_id}",
-    responses=documented(404, 409, 503)
+    responses=documented(Code.REQUEST_NOT_FOUND, Code.JOB_ALREADY_FINISHED, Code.STORE_UNAVAILABLE)
     | {202: {"model": StatusAnswer, "description": "Stops within one step"}},
 )
 async def cancel_request(
@@ -196,7 +213,7 @@ async def cancel_request(
     return answer
 
 
-@v1.post("/loras/inspect", responses=documented(400, 413, 502))
+@v1.post("/loras/inspect", responses=documented(*INSPECTION))
 async def inspect_lora(body: InspectRequest, parts: Shared) -> Inspection:
     """Tell what a LoRA is and which models it fits; nothing is stored."""
     return await parts.run(partial(parts.inspector.inspect, body.path, body.hf_token), parts.inspections)
@@ -215,33 +232,28 @@ async def check_health() -> HealthAnswer:
     return HealthAnswer()
 
 
-@public.get("/ready", responses=documented(503))
+@public.get("/ready", responses=documented(Code.STORE_UNAVAILABLE))
 async def check_ready(parts: Shared) -> ReadyAnswer:
     """Tell that jobs can be stored now."""
     await parts.run(parts.queue.check)
     return ReadyAnswer()
 
 
-@public.get("/outputs/{key:path}", response_class=FileResponse, responses=documented(404))
-async def read_output(key: str, parts: Shared) -> FileResponse:
+@public.get(
+    "/outputs/{key:path}",
+    response_class=FileResponse,
+    responses=documented(Code.OUTPUT_NOT_FOUND)
+    | {200: {"description": "The file", "content": {kind: {} for kind in _MEDIA_TYPES.values()}}},
+)
+async def read_output(
+    key: Annotated[str, Path(description="What follows `/outputs/` in a URL of a result")], parts: Shared
+) -> FileResponse:
     """Send a picture or manifest from the local output directory; S3 serves its objects itself."""
     path = await parts.run(partial(parts.store.local_path, key))
     if path is None:
         raise Refusal(Code.OUTPUT_NOT_FOUND)
     media_type = _MEDIA_TYPES.get(path.suffix, "application/octet-stream")
     return FileResponse(path, media_type=media_type, headers={"X-Content-Type-Options": "nosniff"})
-
-
-async def _when_ended(read: Callable[[], Answer], request_id: str, parts: Parts, wait_s: float) -> Answer:
-    """Read now; if the job goes on, read again when it has ended or `wait_s` seconds have passed."""
-    if not wait_s:
-        return await parts.run(read)
-    with parts.waiting.end_of(request_id) as end:
-        answer = await parts.run(read)
-        if answer.status.terminal:
-            return answer
-        await end.wait(wait_s)
-        return await parts.run(read)
 
 
 def _job(request_id: str, tenant: str, parts: Parts) -> Job:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from fastapi import APIRouter, Request, Response
 
 from serve_app.bounds import BoundedRoute
-from serve_app.errors import Code, Refusal, documented
+from serve_app.errors import Code, Refusal
 from serve_app.parts import Parts
 
 FOLDER = Path(__file__).parent / "page"
@@ -41,7 +41,7 @@ def page_router() -> APIRouter:
         policy = await parts.run(partial(_policy, parts))
         return _answer("index.html", {"Content-Security-Policy": policy})
 
-    @router.get("/page/{name}", response_class=Response, responses=documented(404), include_in_schema=False)
+    @router.get("/page/{name}", response_class=Response, include_in_schema=False)
     async def read_file(name: str) -> Response:
         """Send one of the files that the page loads."""
         if name not in files:

@@ -8,14 +8,16 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
+from fastapi import Depends, Request
 from standardwebhooks import Webhook
 
 from cluster.connect import open_queue
 from cluster.database import jobs_url
 from cluster.objects import ObjectStore, open_store
 from cluster.queue import JobQueue
+from serve_app.answers import ResultAnswer, StatusAnswer
 from serve_app.backlog import Backlog
 from serve_app.inspection import Inspector
 from serve_app.janitor import DAY_S, Janitor
@@ -35,6 +37,8 @@ INSPECTIONS = 4
 
 Returned = TypeVar("Returned")
 
+Told = TypeVar("Told", StatusAnswer, ResultAnswer)
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -49,6 +53,20 @@ class Parts:
     pictures: Executor
     inspector: Inspector
     inspections: Executor
+
+    async def when_ended(self, read: Callable[[], Told], job_id: str, wait_s: float) -> Told:
+        """Read now; if the job goes on, read again when it has ended or `wait_s` seconds have passed.
+
+        Meanwhile no thread is held.
+        """
+        if not wait_s:
+            return await self.run(read)
+        with self.waiting.end_of(job_id) as end:
+            told = await self.run(read)
+            if told.status.terminal:
+                return told
+            await end.wait(wait_s)
+            return await self.run(read)
 
     async def run(self, call: Callable[[], Returned], threads: Executor | None = None) -> Returned:
         """Run what blocks on one of `threads`, else of the common ones.
@@ -80,3 +98,11 @@ async def open_parts(settings: GatewayArgs, signer: Webhook | None) -> AsyncIter
             inspector=Inspector(settings),
             inspections=stack.enter_context(ThreadPoolExecutor(INSPECTIONS, "inspections")),
         )
+
+
+async def _parts(request: Request) -> Parts:
+    return request.app.state.parts
+
+
+Shared = Annotated[Parts, Depends(_parts)]
+"""The parts, in a route."""

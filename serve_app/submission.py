@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import uuid
 from functools import partial
+from typing import Annotated
+
+from fastapi import Header
 
 from cluster.jobs import IdempotencyConflict, Job, NewJob
 from cluster.secrets import seal
@@ -16,6 +19,15 @@ from serve_app.schemas import InferenceRequest
 from serve_app.webhooks import admit_webhook
 
 MAX_KEY_CHARS = 255
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        description="The same key and body make one job, however often they are sent.",
+        json_schema_extra={"minLength": 1, "maxLength": MAX_KEY_CHARS, "pattern": "^[ -~]+$"},
+    ),
+]
+"""The header, in a route; `check_key` judges it."""
 
 
 def check_key(key: str | None) -> None:

@@ -8,7 +8,7 @@ import io
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from fastapi import FastAPI
 from PIL import Image
 from safetensors.numpy import save_file
 
-from cluster.jobs import Claim, JobState
+from cluster.jobs import Claim, Job, JobState
 from cluster.objects import DirectoryStore
 from cluster.queue import JobQueue
 from deployments.render import RenderSpec
@@ -168,19 +168,26 @@ def running(settings: GatewayArgs, port: int = 0) -> Iterator[httpx.Client]:
 
 
 @contextmanager
-def rendering(service: Service, model: str = "flux") -> Iterator[None]:
-    """Play the worker of a model until the block ends: every job gets its pictures at once."""
+def rendering(
+    service: Service, model: str = "flux", end: Callable[[Claim], None] | None = None
+) -> Iterator[list[Job]]:
+    """Play the worker of a model until the block ends: every job gets its pictures at once, or its `end`.
+
+    Yields the jobs that were claimed.
+    """
     over = threading.Event()
+    claimed: list[Job] = []
 
     def work() -> None:
         while not over.wait(0.02):
             while claim := service.queue.claim(model, "worker-1"):
-                service.publish(claim)
+                claimed.append(claim.job)
+                (end or service.publish)(claim)
 
     with ThreadPoolExecutor(1) as pool:
         worker = pool.submit(work)
         try:
-            yield
+            yield claimed
         finally:
             over.set()
             worker.result()

@@ -267,6 +267,8 @@ def test_the_description_is_valid_and_complete(service: Service) -> None:
     assert set(description["paths"]) == {
         "/v1/inference",
         "/v1/loras/inspect",
+        "/v1/images/generations",
+        "/v1/images/edits",
         "/v1/requests/{request_id}/status",
         "/v1/requests/{request_id}/result",
         "/v1/requests/{request_id}/events",
@@ -289,7 +291,7 @@ def test_the_description_is_valid_and_complete(service: Service) -> None:
     submit = description["paths"]["/v1/inference"]["post"]
     request = submit["requestBody"]["content"]["application/json"]["schema"]
     assert request == {"$ref": "#/components/schemas/InferenceRequest"}
-    assert set(submit["responses"]) == {"200", "400", "409", "413", "422", "429", "503"}
+    assert set(submit["responses"]) == {"200", "400", "409", "413", "422", "429", "500", "503"}
     assert any(parameter["name"] == "idempotency-key" for parameter in submit["parameters"])
     assert set(description["paths"]["/v1/requests/{request_id}"]["delete"]["responses"]) >= {
         "200",
