@@ -7,9 +7,9 @@ import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, Query, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse
 
@@ -29,11 +29,12 @@ from serve_app.answers import (
     SubmitAnswer,
 )
 from serve_app.auth import SCHEME, KeyedRoute, Tenant, open_keys
+from serve_app.batches import batches
 from serve_app.bounds import BoundedRoute
 from serve_app.errors import Code, Refusal, documented, install_handlers
 from serve_app.listing import MAX_LIMIT, read_page
-from serve_app.parts import Parts, open_parts
-from serve_app.schemas import InferenceRequest, InspectRequest
+from serve_app.parts import Parts, Shared, open_parts
+from serve_app.schemas import UUID, InferenceRequest, InspectRequest
 from serve_app.settings import GatewayArgs
 from serve_app.submission import check_key, submit
 from serve_app.webhooks import open_signer
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 MAX_WAIT_S = 60.0
 
-_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_ID = re.compile(UUID)
 
 _MEDIA_TYPES = {
     ".jpg": "image/jpeg",
@@ -52,10 +53,6 @@ _MEDIA_TYPES = {
 }
 
 
-async def _parts(request: Request) -> Parts:
-    return request.app.state.parts
-
-
 async def _request_id(request_id: str) -> str:
     """Refuse what is no id of ours before it reaches the job table: not every database takes every text."""
     if not _ID.fullmatch(request_id):
@@ -63,7 +60,6 @@ async def _request_id(request_id: str) -> str:
     return request_id
 
 
-Shared = Annotated[Parts, Depends(_parts)]
 RequestId = Annotated[str, Depends(_request_id)]
 Wait = Annotated[
     float,
@@ -108,10 +104,9 @@ def create_app(settings: GatewayArgs) -> FastAPI:
     app.state.max_body_bytes = settings.max_body_bytes
     app.state.keys = keys
     install_handlers(app)
-    if keys is None:
-        app.include_router(v1)
-    else:
-        app.include_router(v1, dependencies=[Depends(SCHEME)], responses=documented(401))
+    keyed: dict[str, Any] = {"dependencies": [Depends(SCHEME)], "responses": documented(401)} if keys else {}
+    for router in (v1, batches):
+        app.include_router(router, **keyed)
     app.include_router(public)
     if settings.cors_origins:
         app.add_middleware(
@@ -139,11 +134,12 @@ async def list_requests(
     parts: Shared,
     state: JobState | None = None,
     model: str | None = None,
+    batch: Annotated[str | None, Query(description="Only those of this batch", pattern=f"^{UUID}$")] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_LIMIT)] = 50,
     cursor: Annotated[str | None, Query(description="`next_cursor` of the page before")] = None,
 ) -> ListAnswer:
     """List your requests, newest first."""
-    return await parts.run(partial(read_page, parts.queue, tenant, state, model, limit, cursor))
+    return await parts.run(partial(read_page, parts.queue, tenant, state, model, batch, limit, cursor))
 
 
 @v1.get("/requests/{request_id}/status", responses=documented(404, 503))

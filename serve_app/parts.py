@@ -8,8 +8,9 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
+from fastapi import Depends, Request
 from standardwebhooks import Webhook
 
 from cluster.connect import open_queue
@@ -80,3 +81,11 @@ async def open_parts(settings: GatewayArgs, signer: Webhook | None) -> AsyncIter
             inspector=Inspector(settings),
             inspections=stack.enter_context(ThreadPoolExecutor(INSPECTIONS, "inspections")),
         )
+
+
+async def _parts(request: Request) -> Parts:
+    return request.app.state.parts
+
+
+Shared = Annotated[Parts, Depends(_parts)]
+"""The parts of the gateway that a route belongs to."""
