@@ -17,7 +17,15 @@ def test_the_tree_is_clean(command: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["serve_app", "serve_app.gateway", "serve_app.cli", "deployments.catalog", "deployments.worker"]
+    "module",
+    [
+        "serve_app",
+        "serve_app.gateway",
+        "serve_app.cli",
+        "serve_app.client",
+        "deployments.catalog",
+        "deployments.worker",
+    ],
 )
 def test_import_loads_nothing_heavy(module: str) -> None:
     code = (
@@ -25,6 +33,11 @@ def test_import_loads_nothing_heavy(module: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_client_needs_no_ray() -> None:
+    code = "import sys, serve_app.client; sys.exit('ray' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_imports_go_one_way() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -131,7 +134,7 @@ class Service:
                 "seed": prompt["seed"],
                 "key": f"{folder}/{index}.png",
                 "manifest_key": f"{folder}/{index}.json",
-                "sha256": "0" * 64,
+                "sha256": hashlib.sha256(data).hexdigest(),
                 "bytes": len(data),
             }
             self.queue.record_output(claim, index, output)
@@ -140,27 +143,51 @@ class Service:
 
 
 @contextmanager
-def running(settings: GatewayArgs) -> Iterator[httpx.Client]:
-    """Run the gateway on a port of its own, as any ASGI server does, lifespan included."""
+def listening(app: FastAPI, port: int = 0) -> Iterator[str]:
+    """Run an application on a port, one of its own by default, as any ASGI server does; yield its URL."""
     server = uvicorn.Server(
-        uvicorn.Config(create_app(settings), host="127.0.0.1", port=0, lifespan="on", log_level="error")
+        uvicorn.Config(app, host="127.0.0.1", port=port, lifespan="on", log_level="error")
     )
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
-        assert thread.is_alive(), "the gateway did not start"
+        assert thread.is_alive(), "the server did not start"
         time.sleep(0.01)
     try:
-        port = server.servers[0].sockets[0].getsockname()[1]
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            yield client
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()
 
 
 @contextmanager
-def serving(folder: Path, **changes: Any) -> Iterator[Service]:
+def running(settings: GatewayArgs, port: int = 0) -> Iterator[httpx.Client]:
+    """Run the gateway, lifespan included."""
+    with listening(create_app(settings), port) as url, httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+@contextmanager
+def rendering(service: Service, model: str = "flux") -> Iterator[None]:
+    """Play the worker of a model until the block ends: every job gets its pictures at once."""
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.wait(0.02):
+            while claim := service.queue.claim(model, "worker-1"):
+                service.publish(claim)
+
+    with ThreadPoolExecutor(1) as pool:
+        worker = pool.submit(work)
+        try:
+            yield
+        finally:
+            over.set()
+            worker.result()
+
+
+@contextmanager
+def serving(folder: Path, port: int = 0, **changes: Any) -> Iterator[Service]:
     """Run a gateway on stores and a LoRA root below `folder`; they may be there from an earlier one."""
     loras = folder / "loras"
     loras.mkdir(exist_ok=True)
@@ -174,7 +201,7 @@ def serving(folder: Path, **changes: Any) -> Iterator[Service]:
         }
     )
     with ExitStack() as stack:
-        client = stack.enter_context(running(settings))
+        client = stack.enter_context(running(settings, port))
         queue = JobQueue(settings.jobs)
         stack.callback(queue.close)
         yield Service(settings, client, queue, DirectoryStore(folder / "outputs"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import sqlite3
 import uuid
@@ -104,6 +105,7 @@ def test_a_job_from_queue_to_pictures(fresh: Service) -> None:
     }
     assert result["outputs"]["videos"] == []
     first, second = result["outputs"]["images"]
+    picture = Path(first["file_path"]).read_bytes()
     assert first == {
         "format": "png",
         "width": 64,
@@ -111,8 +113,8 @@ def test_a_job_from_queue_to_pictures(fresh: Service) -> None:
         "file_path": str(fresh.settings.loras.parent / "outputs" / job_id / "1" / "0.png"),
         "seed": 42,
         "url": f"http://127.0.0.1:8000/outputs/{job_id}/1/0.png",
-        "sha256": "0" * 64,
-        "bytes": Path(first["file_path"]).stat().st_size,
+        "sha256": hashlib.sha256(picture).hexdigest(),
+        "bytes": len(picture),
         "manifest_url": f"http://127.0.0.1:8000/outputs/{job_id}/1/0.json",
     }
     assert second["seed"] == 7
