@@ -21,11 +21,13 @@ def _one_zone(value: object) -> object:
 Time = Annotated[datetime, BeforeValidator(_one_zone)]
 
 
-class _Answer(BaseModel):
+class Answer(BaseModel):
+    """What every answer has in common."""
+
     model_config = ConfigDict(extra="allow", frozen=True)
 
 
-class Submitted(_Answer):
+class Submitted(Answer):
     """A stored request."""
 
     request_id: str
@@ -33,7 +35,7 @@ class Submitted(_Answer):
     warnings: tuple[str, ...] = ()
 
 
-class Progress(_Answer):
+class Progress(Answer):
     """How far a running job is; prompt and step count from 0, `steps` is of this prompt."""
 
     prompt: int
@@ -43,7 +45,7 @@ class Progress(_Answer):
     phase: str
 
 
-class Status(_Answer):
+class Status(Answer):
     """How a job is doing; from `error_code` on, fields of our server."""
 
     request_id: str
@@ -64,7 +66,7 @@ class Status(_Answer):
         return self.status.terminal
 
 
-class Output(_Answer):
+class Output(Answer):
     """One picture or video: sides in pixels; `num_frames` and `fps` are of videos.
 
     From `url` on, fields of our server; `file_path` is a path on the server's disk, or `s3://bucket/key`.
@@ -83,7 +85,7 @@ class Output(_Answer):
     manifest_url: str | None = None
 
 
-class Outputs(_Answer):
+class Outputs(Answer):
     """What a job made, in the order of its prompts."""
 
     images: tuple[Output, ...]
@@ -95,7 +97,7 @@ class Outputs(_Answer):
         return self.images + self.videos
 
 
-class Metadata(_Answer):
+class Metadata(Answer):
     """How a job ran; seconds, null until it succeeded."""
 
     model: str | None = None
@@ -104,7 +106,7 @@ class Metadata(_Answer):
     warnings: tuple[str, ...] = ()
 
 
-class Result(_Answer):
+class Result(Answer):
     """What a job made; `outputs` is null until it succeeded."""
 
     request_id: str
@@ -116,14 +118,14 @@ class Result(_Answer):
     metadata: Metadata = Metadata()
 
 
-class ControlImages(_Answer):
+class ControlImages(Answer):
     """How many control images a prompt takes."""
 
     least: int
     most: int
 
 
-class Model(_Answer):
+class Model(Answer):
     """A model that the service renders; from `title` on, fields of our server."""
 
     id: str
@@ -147,7 +149,7 @@ class Model(_Answer):
     max_loras: int | None = None
 
 
-class Models(_Answer):
+class Models(Answer):
     """Answer of `GET /v1/models`."""
 
     models: tuple[Model, ...]
