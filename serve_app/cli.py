@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from deployments.catalog import CATALOG
-from serve_app import jobs_cli
+from serve_app import jobs_cli, requests_cli
 from serve_app.settings import Settings
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(jobs_cli.app, name="jobs")
+for command in (requests_cli.submit, requests_cli.get, requests_cli.cancel):
+    app.command()(command)
 
 
 class FileFormat(StrEnum):
@@ -49,11 +51,18 @@ def config(
 @app.command()
 def models(
     gpu: Annotated[float | None, typer.Option(min=1, help="Memory of one GPU in GiB.")] = None,
+    url: Annotated[str | None, typer.Option(help="Ask this server what it renders.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --url: one JSON object per line.")] = False,
 ) -> None:
     """List the model ids with their memory, and which OFFLOAD_MODE each needs on a GPU."""
-    from serve_app.models_table import models_table
+    if url is None and not as_json:
+        from serve_app.models_table import models_table
 
-    typer.echo(models_table(gpu), nl=False)
+        typer.echo(models_table(gpu), nl=False)
+    elif url is not None and gpu is None:
+        requests_cli.models(url, as_json)
+    else:
+        raise typer.BadParameter("--json goes with --url, and --gpu without it")
 
 
 @app.command()

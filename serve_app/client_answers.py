@@ -117,6 +117,11 @@ class Result(Answer):
     finished_at: Time | None = None
     metadata: Metadata = Metadata()
 
+    def named(self) -> list[tuple[str, Output]]:
+        """Return each file with a name that no other has: `REQUEST_ID-INDEX.FORMAT`."""
+        files = self.outputs.files if self.outputs else ()
+        return [(f"{self.request_id}-{index}.{file.format}", file) for index, file in enumerate(files)]
+
 
 class ControlImages(Answer):
     """How many control images a prompt takes."""

@@ -183,15 +183,13 @@ class Core:
         submitted = yield from self.submit(request, None)
         result = yield from self.finish(submitted.request_id, timeout_s, on_status)
         made: list[Image.Image | Path] = []
-        if result.outputs is None:
-            return made
-        for index, video in enumerate(result.outputs.videos):
-            name = f"{result.request_id}-{index}.{video.format}"
-            made.append((yield from self.download(video, folder / name)))
         with TemporaryDirectory() as scratch:
-            for output in result.outputs.images:
-                file = yield from self.download(output, Path(scratch) / "picture")
-                with Image.open(file) as picture:
+            for name, output in result.named():
+                # Videos have frames; some formats are of both.
+                if output.num_frames is not None:
+                    made.append((yield from self.download(output, folder / name)))
+                    continue
+                with Image.open((yield from self.download(output, Path(scratch) / name))) as picture:
                     picture.load()
                 made.append(picture)
         return made
