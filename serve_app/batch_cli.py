@@ -36,7 +36,7 @@ def submit(
     as_json: AsJson = False,
     url: Url = LOCAL,
 ) -> None:
-    """Submit a request for each row x LoRA x multiplier x seed. With --id, what is stored is not stored again.
+    """Submit a request for each row x LoRA x multiplier x seed; with --id, only what is not stored yet.
 
     Exit codes: 0 if all went well, 1 if a request was refused or (with --watch) did not succeed, 2 for wrong
     usage, 3 if the server cannot be reached.
