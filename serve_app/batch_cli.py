@@ -45,8 +45,7 @@ def submit(
     def act(batch: Batch) -> Counts:
         # Before the first request, for whoever has to go on from here.
         typer.echo(f"batch {batch.id}", err=True)
-        defaults = {} if model is None else {"model": model}
-        batch.submit(table, loras=lora or (), multipliers=multiplier or (), seeds=seed or (), **defaults)
+        batch.submit(table, loras=lora or (), multipliers=multiplier or (), seeds=seed or (), model=model)
         return batch.counts()
 
     _run(act, url, batch_id, watch, as_json)

@@ -59,8 +59,8 @@ def requests_of(
     """Return a request of one prompt for each row x LoRA x multiplier x seed, the last one fastest.
 
     An axis that is empty has the row's own `lora`, `multiplier` or `seed`; `defaults` are columns for rows
-    that do not have them. Columns that no request has are left out. Raises `ValueError` for a default that is
-    no column.
+    that do not have them, None for none. Columns that no request has are left out. Raises `ValueError` for a
+    default that is no column.
     """
     if unknown := defaults.keys() - COLUMNS:
         raise ValueError(
@@ -68,7 +68,7 @@ def requests_of(
         )
     requests = []
     for row in rows:
-        full = {**defaults, **row}
+        full = {**{name: value for name, value in defaults.items() if not _empty(value)}, **row}
         axes = ("lora", loras), ("multiplier", multipliers), ("seed", seeds)
         given = [[(name, value) for value in values] for name, values in axes if values]
         requests += [_request({**full, **dict(cell)}) for cell in itertools.product(*given)]

@@ -87,7 +87,7 @@ def test_a_grid_is_every_combination_the_last_axis_fastest() -> None:
 
 def test_an_empty_axis_leaves_the_rows_own() -> None:
     rows = [{"prompt": "a", "lora": "own", "multiplier": 0.3, "seed": 9, "model": "sd15"}, {"prompt": "b"}]
-    one, two = requests_of(rows, model="flux", multiplier=0.7, lora="x", output_format="png")
+    one, two = requests_of(rows, model="flux", multiplier=0.7, lora="x", output_format="png", neg=None)
     lora = {"path": "own", "network_multiplier": 0.3}
     assert one == {
         "model": "sd15",
