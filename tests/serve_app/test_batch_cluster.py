@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,8 +21,9 @@ from nbclient import NotebookClient
 
 from serve_app.batch import Batch
 from serve_app.client import LoraServe, Refused
+from tests.faults.service import kill_all
 from tests.parity.cases import FOLDER
-from tests.service import descendants, edited_config, free_port, serve_run, wait_until
+from tests.service import edited_config, free_port, serve_run, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -85,8 +85,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Iter
                 service, f"http://127.0.0.1:{http}", f"ray://127.0.0.1:{client}", address, environment
             )
     finally:
-        for pid in (*descendants(node.pid), node.pid):
-            os.kill(pid, signal.SIGKILL)
+        kill_all(node.pid)
         node.wait()
         shutil.rmtree(ray_folder, ignore_errors=True)
 
