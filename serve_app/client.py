@@ -55,7 +55,8 @@ class LoraServe:
 
     `api_key` goes to `base_url` only. Trouble that may pass (no connection, a restart of the gateway, 429,
     503) is met with further attempts for `patience_s` seconds. `mounts` are those of `httpx.Client`: other
-    ways to some URLs than HTTP, for all but `map`. Raises `ValueError` unless `base_url` is that of a server.
+    ways to some URLs than HTTP, for all but `map`. Raises `ValueError` for an address or a key that cannot be
+    one.
     """
 
     def __init__(

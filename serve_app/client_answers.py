@@ -8,7 +8,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from cluster.jobs import JobState
 
@@ -19,6 +19,9 @@ def _one_zone(value: object) -> object:
 
 
 Time = Annotated[datetime, BeforeValidator(_one_zone)]
+
+NamePart = Annotated[str, Field(pattern=r"^[\w-]+$")]
+"""What may become part of a file's name here: no server chooses a directory."""
 
 
 class Answer(BaseModel):
@@ -72,7 +75,7 @@ class Output(Answer):
     From `url` on, fields of our server; `file_path` is a path on the server's disk, or `s3://bucket/key`.
     """
 
-    format: str
+    format: NamePart
     width: int
     height: int
     file_path: str
@@ -109,7 +112,7 @@ class Metadata(Answer):
 class Result(Answer):
     """What a job made; `outputs` is null until it succeeded."""
 
-    request_id: str
+    request_id: NamePart
     status: JobState
     outputs: Outputs | None
     error: str | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -94,14 +95,15 @@ Operation = Generator[Step, Reply, T]
 
 
 class Core:
-    """The operations on one service. Raises `ValueError` unless `base_url` is that of a web server."""
+    """The operations on one service. Raises `ValueError` for an address or key that cannot be one."""
 
     def __init__(self, base_url: str, api_key: str | None, patience_s: float) -> None:
-        self._base = base_url.rstrip("/")
-        url = httpx.URL(self._base)
-        if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query or url.fragment:
+        if not _names_server(base_url):
             raise ValueError("base_url must be http://HOST or https://HOST, with neither user nor query")
-        self._host = url.netloc.decode()
+        if api_key is not None and not re.fullmatch("[!-~]+", api_key):
+            # Told here, since the errors of HTTP libraries would show it.
+            raise ValueError("api_key must be printable ASCII without blanks")
+        self._base = base_url.rstrip("/")
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._patience_s = patience_s
         # Its own, and from the system: a seed set by the program must not make clients move in step.
@@ -110,7 +112,7 @@ class Core:
 
     def submit(self, request: Request, idempotency_key: str | None) -> Operation[Submitted]:
         """Store a request once, however often it is sent."""
-        key = idempotency_key or str(uuid.uuid4())
+        key = str(uuid.uuid4()) if idempotency_key is None else idempotency_key
         answer = yield from self.send("POST", "/v1/inference", body=request, key=key)
         return _read(Submitted, answer)
 
@@ -201,7 +203,10 @@ class Core:
                 copy_local(output.file_path, saving)
             else:
                 # Without the key: the URL may be that of another host, and says all that is needed.
-                url = httpx.URL(f"{self._base}/").join(output.url)
+                try:
+                    url = httpx.URL(f"{self._base}/").join(output.url)
+                except httpx.InvalidURL:
+                    raise _not_the_service("url") from None
                 yield from self._patiently(Send("GET", url, {}, into=saving), None, self._patience_s)
             saving.keep(output.sha256)
         return path
@@ -247,7 +252,7 @@ class Core:
                 trouble = refused(reply)
             else:
                 assert reply is not None  # noqa: S101 - a shell answers `Send` with one of two
-                trouble = lost(reply, self._host)
+                trouble = lost(reply, send.url.netloc.decode())
             if not trouble.passes:
                 raise trouble.error
             if trouble.uncertain and send.method == "POST" and not (yield from self._knows(key)):
@@ -277,6 +282,15 @@ class Core:
         while True:
             yield pause_s * self._random.uniform(0.5, 1.0)
             pause_s = min(2 * pause_s, MOST_PAUSE_S)
+
+
+def _names_server(base_url: str) -> bool:
+    try:
+        url = httpx.URL(base_url)
+    except httpx.InvalidURL:
+        return False
+    more = url.userinfo or url.query or url.fragment
+    return url.scheme in ("http", "https") and bool(url.host) and not more
 
 
 def _path(request_id: str, tail: str = "") -> str:

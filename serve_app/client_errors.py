@@ -96,7 +96,8 @@ def refused(response: httpx.Response) -> Trouble:
         status, f"HTTP_{status}", f"The server answered {status} {response.reason_phrase}."
     )
     if status in (429, 503):
-        return Trouble(error, passes=True, after_s=_retry_after_s(response))
+        # A commit that broke off answers 503, too.
+        return Trouble(error, passes=True, uncertain=status == 503, after_s=_retry_after_s(response))
     # A 5xx that is not the service's own is what a proxy says of a gateway that it lost.
     gone = status >= 500 and own is None
     return Trouble(error, passes=gone, uncertain=gone)

@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from typing import Any
 import httpx
 from PIL import Image, ImageDraw
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from cluster.jobs import JobState
 from deployments.catalog import CATALOG
+from serve_app.client import LoraServe
+from serve_app.terminal import Board
 
 console = Console()
 
@@ -69,8 +71,7 @@ def run_demo(
     os.environ.update(environment)
     try:
         _serve(sorted({request.body["model"] for request in requests}), port)
-        with httpx.Client(base_url=base_url, timeout=90) as client:
-            failures = _render_all(client, requests, pictures)
+        failures = _render_all(base_url, requests, pictures)
         console.print(f"\nPictures and manifests: [bold]{pictures}[/]")
         if keep:
             _stay(base_url, requests[0])
@@ -169,50 +170,22 @@ def _stop() -> None:
     ray.shutdown()
 
 
-def _render_all(client: httpx.Client, requests: list[Request], pictures: Path) -> int:
+def _render_all(base_url: str, requests: list[Request], pictures: Path) -> int:
     """Submit all requests at once, follow them to their ends, save what they made; return the failures."""
-    failures = 0
-    columns = (TextColumn("{task.description:20}"), BarColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        pending: dict[str, tuple[Request, TaskID]] = {}
-        for request in requests:
-            answer = client.post("/v1/inference", json=request.body)
-            answer.raise_for_status()
-            task = progress.add_task(request.name, total=None, note="queued")
-            pending[answer.json()["request_id"]] = (request, task)
-        while pending:
-            for job_id, (request, task) in list(pending.items()):
-                status = client.get(f"/v1/requests/{job_id}/status").json()
-                _show(progress, task, status)
-                if JobState(status["status"]).terminal:
-                    del pending[job_id]
-                    failures += not _save(client, job_id, pictures / request.name)
-            time.sleep(0.2)
-    return failures
 
+    def render(request: Request) -> bool:
+        request_id = service.submit(request.body).request_id
+        if service.wait(request_id, on_status=board.watch(request.name)).status is not JobState.SUCCEEDED:
+            return False
+        for index, (_, output) in enumerate(service.result(request_id).named()):
+            stem = f"{request.name}-{index}"
+            service.download(output, pictures / f"{stem}.{output.format}")
+            manifest = httpx.get(str(output.manifest_url)).raise_for_status().json()
+            (pictures / f"{stem}.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        return True
 
-def _show(progress: Progress, task: TaskID, status: dict[str, Any]) -> None:
-    done = status["progress"]
-    if status["status"] == JobState.SUCCEEDED:
-        progress.update(task, total=1, completed=1, note="[green]done")
-    elif status["status"] == JobState.FAILED:
-        progress.update(task, note=f"[red]{status['error_code']}: {status['error']}")
-    elif done is not None:
-        note = f"{done['phase']}, step {done['step']} of {done['steps']}"
-        progress.update(task, total=done["steps"], completed=done["step"], note=note)
-
-
-def _save(client: httpx.Client, job_id: str, stem: Path) -> bool:
-    result = client.get(f"/v1/requests/{job_id}/result").json()
-    if result["status"] != JobState.SUCCEEDED:
-        return False
-    outputs = result["outputs"]
-    for index, output in enumerate([*outputs["images"], *outputs["videos"]]):
-        name = f"{stem.name}-{index}"
-        stem.with_name(f"{name}.{output['format']}").write_bytes(client.get(output["url"]).content)
-        manifest = client.get(output["manifest_url"]).json()
-        stem.with_name(f"{name}.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    return True
+    with LoraServe(base_url) as service, Board() as board, ThreadPoolExecutor(len(requests)) as pool:
+        return list(pool.map(render, requests)).count(False)
 
 
 def _stay(base_url: str, request: Request) -> None:

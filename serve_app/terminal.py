@@ -54,12 +54,13 @@ class Board:
 
     def watch(self, name: str) -> OnStatus:
         """Add a line; return what moves it."""
-        line = self._lines.add_task(name, total=None, note="")
+        line = self._lines.add_task(name, total=1, note="")
 
         def show(status: Status) -> None:
             done = status.progress
             if status.ended:
                 self._lines.update(line, total=1, completed=status.status is JobState.SUCCEEDED)
+                self._lines.stop_task(line)
             elif done is not None:
                 so_far = done.prompt * done.steps + done.step
                 self._lines.update(line, total=done.prompts * done.steps, completed=so_far)

@@ -45,6 +45,9 @@ from tests.benchmarks.load import drive, http
 from tests.service import edited_config, free_port, replica_pids, serve_run
 
 CLIENTS = 500
+TOGETHER = 25
+"""Clients that share a pool of connections: what httpx does for a request grows with the pool."""
+
 JOBS_EACH = 2
 POLLERS = 2
 SLICE_S = 1.0
@@ -97,6 +100,10 @@ def work(url: str, file: Path) -> None:
 
 
 async def _all_clients(url: str, before: Log) -> None:
+    await asyncio.gather(*(_clients(url, before, first) for first in range(0, CLIENTS, TOGETHER)))
+
+
+async def _clients(url: str, before: Log, first: int) -> None:
     # Every call that waits has a connection of its own, so these are as many clients as calls.
     async with AsyncLoraServe(url) as service:
 
@@ -113,7 +120,7 @@ async def _all_clients(url: str, before: Log) -> None:
                 assert status.status is JobState.SUCCEEDED, status
                 before.write("ended", submitted.request_id, time.time())
 
-        await asyncio.gather(*map(client, range(CLIENTS)))
+        await asyncio.gather(*map(client, range(first, first + TOGETHER)))
 
 
 @dataclass

@@ -241,8 +241,15 @@ def test_the_key_is_sent_and_not_shown(
 
 
 @pytest.mark.parametrize(
-    "url", ["host:8000", "ftp://host", "http://", "http://me:secret@host", "http://h?a=b"]
+    "url", ["host:8000", "ftp://host", "http://", "http://me:secret@host", "http://h?a=b", "http://h:x"]
 )
 def test_only_addresses_of_servers_are_taken(url: str) -> None:
     with pytest.raises(ValueError, match="base_url"):
         LoraServe(url)
+
+
+@pytest.mark.parametrize("key", ["", "se cret", "secret\n", "sécret"])
+def test_a_bad_key_is_told_without_showing_it(key: str) -> None:
+    with pytest.raises(ValueError, match="api_key must be") as caught:
+        LoraServe("http://host", key)
+    assert "cret" not in str(caught.value)

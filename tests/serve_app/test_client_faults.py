@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from cluster.jobs import JobState
-from serve_app.client import DownloadFailed, LoraServe, Output, Refused, Status, Unreachable
+from serve_app.client import DownloadFailed, LoraServe, LoraServeError, Output, Refused, Status, Unreachable
 from tests.reference import create_reference
 from tests.s3 import Proxy, cut_after_receiving
 from tests.serve_app.conftest import Service, body, listening, serving
@@ -175,6 +176,16 @@ def test_a_download_with_another_hash_leaves_what_was_there(site: Site, tmp_path
         client_of(site).download(output(site, b"other"), tmp_path / "0.png")
     assert refused.value.status == 404
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("0.png", b"before")]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", ""])
+def test_no_server_chooses_a_directory(site: Site, name: str) -> None:
+    told = output(site, b"").model_dump() | {"format": name}
+    job = {"request_id": "a", "status": "succeeded", "created_at": "2026-01-01T00:00:00Z"}
+    page = json.dumps({**job, "outputs": {"images": [told], "videos": []}}).encode()
+    site.pages["/v1/requests/a/result"] = lambda request: answer(request, 200, page)
+    with pytest.raises(LoraServeError, match="ANSWER_INVALID"):
+        client_of(site).result("a")
 
 
 def test_without_a_url_only_a_path_of_this_machine_helps(site: Site, tmp_path: Path) -> None:
