@@ -101,7 +101,8 @@ class NewJob:
     `spec` is JSON and opaque to this layer; `adapter` names the LoRA set of the job, so that claims can
     prefer replicas that already hold it. `tenant` is the owner of the job and of its idempotency key
     (empty while the service is open), `fingerprint` the hash of the request body behind that key. `secret` is
-    ciphertext for the job's worker alone, erased when the job has come to its end.
+    ciphertext for the job's worker alone, erased when the job has come to its end. `batch` names what it was
+    submitted together with, among the tenant's jobs.
     """
 
     id: str
@@ -113,6 +114,7 @@ class NewJob:
     fingerprint: str | None = None
     secret: str | None = field(default=None, repr=False)
     webhook: NewWebhook | None = None
+    batch: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +145,7 @@ class JobSummary:
     progress: Progress | None
     error: str | None
     error_code: str | None
+    batch: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, and_, delete, exists, false, select, update
 
 from cluster import claims, janitor, reports
+from cluster.batches import Batches
 from cluster.database import Watch, open_database
 from cluster.group_commit import GroupCommit
 from cluster.jobs import (
@@ -63,6 +64,7 @@ class JobQueue:
         self._database = open_database(url)
         self._submissions = GroupCommit(self._database)
         self.outbox = Outbox(self._database)
+        self.batches = Batches(self._database)
         with self._database.alone() as connection:
             upgrade(connection)
 
@@ -146,12 +148,15 @@ class JobQueue:
         *,
         state: JobState | None = None,
         model: str | None = None,
+        batch: str | None = None,
         limit: int = 50,
         before: int | None = None,
     ) -> Sequence[JobSummary]:
         """Return at most `limit` jobs of the tenant (None: of all), newest first, `seq` below `before`."""
         with self._database.read() as connection:
-            return reports.page(connection, tenant, state=state, model=model, limit=limit, before=before)
+            return reports.page(
+                connection, tenant, state=state, model=model, batch=batch, limit=limit, before=before
+            )
 
     def finished(self, job_ids: Collection[str]) -> set[str]:
         """Return which of the jobs have come to their end, or are unknown."""

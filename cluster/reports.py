@@ -79,6 +79,7 @@ def page(
     *,
     state: JobState | None,
     model: str | None,
+    batch: str | None,
     limit: int,
     before: int | None,
 ) -> Sequence[JobSummary]:
@@ -91,6 +92,8 @@ def page(
         wanted = wanted.where(jobs.c.tenant == tenant)
     if model is not None:
         wanted = wanted.where(jobs.c.model == model)
+    if batch is not None:
+        wanted = wanted.where(jobs.c.batch == batch)
     if before is not None:
         wanted = wanted.where(jobs.c.seq < before)
     walks = [

@@ -17,6 +17,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -84,12 +85,24 @@ jobs = Table(
     Column("result", _Object),
     # Ciphertext that the job's worker needs; gone when the job has come to its end.
     Column("secret", Text),
+    # What the job was submitted together with.
+    Column("batch", Text),
     UniqueConstraint("tenant", "idempotency_key"),
     # Oldest first within a model, and within one LoRA of it; the first also counts depths and finds leases.
     Index("jobs_by_age", "state", "model", "created_at", "seq"),
     Index("jobs_by_adapter", "state", "model", "adapter", "created_at", "seq"),
     Index("jobs_by_tenant", "tenant", "state", "seq"),
     Index("jobs_by_end", "finished_at"),
+    # A batch is counted from the index alone. Most jobs have no batch.
+    Index(
+        "jobs_by_batch",
+        "tenant",
+        "batch",
+        "state",
+        "seq",
+        sqlite_where=text("batch IS NOT NULL"),
+        postgresql_where=text("batch IS NOT NULL"),
+    ),
 )
 
 job_outputs = Table(

@@ -6,7 +6,7 @@ Blocking, and free of HTTP: the gateway runs it in a thread, `lora-serve render`
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cluster.objects import ObjectStore, content_key
 from cluster.secrets import can_seal
@@ -36,9 +36,20 @@ def admit(
 ) -> RenderSpec:
     """Check everything that the request itself shows, then put its control images into `store`.
 
-    The rules come in the reference server's order and the first one broken answers; our own bounds follow.
-    Nothing is stored unless all hold. A request that is to be `kept` may hold secrets only where they can be
-    encrypted. Raises `Refusal`.
+    Nothing is stored unless all rules hold; as `check`, which raises `Refusal`.
+    """
+    spec, images = check(request, settings, kept=kept)
+    keep_images(images, store)
+    return spec
+
+
+def check(
+    request: InferenceRequest, settings: Settings, *, kept: bool = True
+) -> tuple[RenderSpec, Mapping[str, bytes]]:
+    """Return what a request is resolved to, and the control images that it needs in the store, by their keys.
+
+    The rules come in the reference server's order and the first one broken answers; our own bounds follow. A
+    request that is to be `kept` may hold secrets only where they can be encrypted. Raises `Refusal`.
     """
     row = CATALOG.get(request.model)
     if row is None:
@@ -52,18 +63,25 @@ def admit(
     if kept:
         _check_secrets(request, choices, model, references)
     controls = [_decode_controls(choice, index, model, settings) for index, choice in enumerate(choices)]
-    # An image of several prompts goes there once. One that an earlier request left there is stored again all
-    # the same: its age starts anew, so that no rule that removes old objects takes it from this job.
-    for key, data in {key: data for images in controls for key, data in images}.items():
-        if data is not None:
-            store.put(key, data, "application/octet-stream")
-    return RenderSpec(
+    spec = RenderSpec(
         model=model.id,
         loras=tuple(map(_resolve_lora, request.loras, references)),
         prompts=tuple(map(_with_controls, prompts, choices, controls)),
         output_format=request.output_format or model.formats[0],
         warnings=tuple(_warnings(request, choices, model)),
     )
+    # An image of several prompts is there once.
+    return spec, {key: data for images in controls for key, data in images if data is not None}
+
+
+def keep_images(images: Mapping[str, bytes], store: ObjectStore) -> None:
+    """Put control images into `store`.
+
+    One that an earlier request left there is stored again all the same: its age starts anew, so that no rule
+    that removes old objects takes it from this job.
+    """
+    for key, data in images.items():
+        store.put(key, data, "application/octet-stream")
 
 
 def _check_control_images_are_there(choices: Sequence[Choice], model: ModelSpec) -> None:

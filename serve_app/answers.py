@@ -89,11 +89,12 @@ class ListedAnswer(StatusAnswer):
     """One of the requests in a list. `queue_position` is always null: to count for each costs too much."""
 
     model: str
+    batch_id: str | None
 
     @classmethod
     def listed(cls, job: JobSummary) -> Self:
         """Describe `job`."""
-        return cls(model=job.model, **StatusAnswer.of(job, None).model_dump())
+        return cls(model=job.model, batch_id=job.batch, **StatusAnswer.of(job, None).model_dump())
 
 
 class ListAnswer(BaseModel):

@@ -36,32 +36,36 @@ class Backlog:
         self._counts: dict[str, _Count] = {}
         self._lock = threading.Lock()
 
-    def enter(self, tenant: str) -> Refusal | None:
-        """Count one more job of `tenant` in; return its refusal where there is no room. Blocking."""
+    def enter(self, tenant: str, jobs: int = 1) -> Refusal | None:
+        """Count `jobs` more of `tenant` in, all or none; or return why there is no room. Blocking."""
         with self._lock:
             count = self._counts.get(tenant)
-            if count and time.monotonic() < count.until and not self._refusal(tenant, count):
-                self._add(tenant)
+            if count and time.monotonic() < count.until and not self._refusal(tenant, count, jobs):
+                self._add(tenant, jobs)
                 return None
         until = time.monotonic() + COUNT_S
         count = _Count(until, *self._queue.waiting(tenant))
-        refusal = self._refusal(tenant, count)
+        refusal = self._refusal(tenant, count, jobs)
         with self._lock:
             self._counts[tenant] = count
             if not refusal:
-                self._add(tenant)
+                self._add(tenant, jobs)
         return refusal
 
-    def _add(self, tenant: str) -> None:
-        self._counts[tenant].own += 1
+    def _add(self, tenant: str, jobs: int) -> None:
+        self._counts[tenant].own += jobs
         for count in self._counts.values():
-            count.queued += 1
+            count.queued += jobs
 
-    def _refusal(self, tenant: str, count: _Count) -> Refusal | None:
-        """Return the refusal of one more job; an open service has no key to bound."""
-        most, most_per_key = self._settings.max_queued, self._settings.max_queued_per_key
-        if count.queued >= most:
-            return Refusal(Code.TOO_MANY_QUEUED, bound="max_queued", most=most)
-        if tenant != OPEN_TENANT and count.own >= most_per_key:
-            return Refusal(Code.TOO_MANY_QUEUED, bound="max_queued_per_key", most=most_per_key)
+    def _refusal(self, tenant: str, count: _Count, jobs: int) -> Refusal | None:
+        """Return the refusal of so many more jobs; an open service has no key to bound."""
+        bounds = [("max_queued", self._settings.max_queued, count.queued)]
+        if tenant != OPEN_TENANT:
+            bounds.append(("max_queued_per_key", self._settings.max_queued_per_key, count.own))
+        for bound, most, _ in bounds:
+            if jobs > most:
+                return Refusal(Code.BATCH_TOO_LARGE, bound=bound, most=most)
+        for bound, most, waiting in bounds:
+            if waiting + jobs > most:
+                return Refusal(Code.TOO_MANY_QUEUED, bound=bound, most=most)
         return None

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from deployments.catalog import CATALOG
-from serve_app import jobs_cli, requests_cli
+from serve_app import batch_cli, jobs_cli, requests_cli
 from serve_app.settings import Settings
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(jobs_cli.app, name="jobs")
+app.add_typer(batch_cli.app, name="batch")
 for command in (requests_cli.submit, requests_cli.get, requests_cli.cancel):
     app.command()(command)
 

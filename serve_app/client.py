@@ -54,13 +54,21 @@ class LoraServe:
     """A client that blocks; threads may share it.
 
     `api_key` goes to `base_url` only. Trouble that may pass (no connection, a restart of the gateway, 429,
-    503) is met with further attempts for `patience_s` seconds. Raises `ValueError` for an address or a key
-    that cannot be one.
+    503) is met with further attempts for `patience_s` seconds. `mounts` are those of `httpx.Client`: other
+    ways to some URLs than HTTP, for all but `map`. Raises `ValueError` for an address or a key that cannot be
+    one.
     """
 
-    def __init__(self, base_url: str, api_key: str | None = None, *, patience_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str | None = None,
+        *,
+        patience_s: float = PATIENCE_S,
+        mounts: Mapping[str, httpx.BaseTransport | None] | None = None,
+    ) -> None:
         self._core = Core(base_url, api_key, patience_s)
-        self._http = httpx.Client(limits=LIMITS)
+        self._http = httpx.Client(limits=LIMITS, mounts=mounts)
 
     def __enter__(self) -> Self:
         return self

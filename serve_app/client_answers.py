@@ -24,11 +24,13 @@ NamePart = Annotated[str, Field(pattern=r"^[\w-]+$")]
 """What may become part of a file's name here: no server chooses a directory."""
 
 
-class _Answer(BaseModel):
+class Answer(BaseModel):
+    """What every answer has in common."""
+
     model_config = ConfigDict(extra="allow", frozen=True)
 
 
-class Submitted(_Answer):
+class Submitted(Answer):
     """A stored request."""
 
     request_id: str
@@ -36,7 +38,7 @@ class Submitted(_Answer):
     warnings: tuple[str, ...] = ()
 
 
-class Progress(_Answer):
+class Progress(Answer):
     """How far a running job is; prompt and step count from 0, `steps` is of this prompt."""
 
     prompt: int
@@ -46,7 +48,7 @@ class Progress(_Answer):
     phase: str
 
 
-class Status(_Answer):
+class Status(Answer):
     """How a job is doing; from `error_code` on, fields of our server."""
 
     request_id: str
@@ -67,7 +69,7 @@ class Status(_Answer):
         return self.status.terminal
 
 
-class Output(_Answer):
+class Output(Answer):
     """One picture or video: sides in pixels; `num_frames` and `fps` are of videos.
 
     From `url` on, fields of our server; `file_path` is a path on the server's disk, or `s3://bucket/key`.
@@ -86,7 +88,7 @@ class Output(_Answer):
     manifest_url: str | None = None
 
 
-class Outputs(_Answer):
+class Outputs(Answer):
     """What a job made, in the order of its prompts."""
 
     images: tuple[Output, ...]
@@ -98,7 +100,7 @@ class Outputs(_Answer):
         return self.images + self.videos
 
 
-class Metadata(_Answer):
+class Metadata(Answer):
     """How a job ran; seconds, null until it succeeded."""
 
     model: str | None = None
@@ -107,7 +109,7 @@ class Metadata(_Answer):
     warnings: tuple[str, ...] = ()
 
 
-class Result(_Answer):
+class Result(Answer):
     """What a job made; `outputs` is null until it succeeded."""
 
     request_id: NamePart
@@ -124,14 +126,14 @@ class Result(_Answer):
         return [(f"{self.request_id}-{index}.{file.format}", file) for index, file in enumerate(files)]
 
 
-class ControlImages(_Answer):
+class ControlImages(Answer):
     """How many control images a prompt takes."""
 
     least: int
     most: int
 
 
-class Model(_Answer):
+class Model(Answer):
     """A model that the service renders; from `title` on, fields of our server."""
 
     id: str
@@ -155,7 +157,7 @@ class Model(_Answer):
     max_loras: int | None = None
 
 
-class Models(_Answer):
+class Models(Answer):
     """Answer of `GET /v1/models`."""
 
     models: tuple[Model, ...]

@@ -64,11 +64,17 @@ class Code(Enum):
     CONTROL_IMAGE_TOO_LARGE = 400, "A control image has more pixels than this service takes."
     CONTROL_IMAGE_INVALID = 400, "A control image is not base64 of an intact picture."
     CONTROL_IMAGE_SHAPE = 400, "A control image is too small or too narrow for the model."
+    BATCH_REFUSED = (
+        400,
+        "Requests of the batch are refused, and nothing was stored; details.errors says which.",
+    )
 
     BODY_TOO_LARGE = 413, "The body is larger than this service takes."
+    BATCH_TOO_LARGE = 413, "More requests than may ever wait here; send fewer at a time."
     CURSOR_INVALID = 400, "`cursor` is not the `next_cursor` of an earlier page."
     EVENT_ID_INVALID = 400, "Last-Event-ID is not the id of an event of this service."
     REQUEST_NOT_FOUND = 404, "There is no request with this id."
+    BATCH_NOT_FOUND = 404, "There is no batch with this id."
     OUTPUT_NOT_FOUND = 404, "There is no such output."
     JOB_ALREADY_FINISHED = 409, "The request has finished; there is nothing left to cancel."
     IMAGE_MODEL_REQUIRED = 400, "OpenAI's routes make pictures, and this model makes videos."

@@ -30,6 +30,7 @@ from serve_app.answers import (
     SubmitAnswer,
 )
 from serve_app.auth import SCHEME, KeyedRoute, Tenant, open_keys
+from serve_app.batches import batches
 from serve_app.bounds import BoundedRoute
 from serve_app.description import DescribedApp
 from serve_app.errors import (
@@ -48,7 +49,7 @@ from serve_app.openai.errors import documented as documented_as_openai
 from serve_app.openai.routes import images
 from serve_app.page_files import page_router
 from serve_app.parts import Parts, Shared, open_parts
-from serve_app.schemas import InferenceRequest, InspectRequest
+from serve_app.schemas import UUID, InferenceRequest, InspectRequest
 from serve_app.settings import GatewayArgs
 from serve_app.submission import IdempotencyKey, check_key, submit
 from serve_app.webhooks import open_signer
@@ -57,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 MAX_WAIT_S = 60.0
 
-_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_ID = re.compile(UUID)
 
 _MEDIA_TYPES = {f".{suffix}": media_type for suffix, media_type in FILE_TYPES.values()} | {
     ".json": "application/json"
@@ -121,6 +122,7 @@ def create_app(settings: GatewayArgs) -> FastAPI:
     app.state.keys = keys
     install_handlers(app)
     _include(app, v1, documented(Code.API_KEY_REQUIRED))
+    _include(app, batches, documented(Code.API_KEY_REQUIRED))
     _include(app, images, documented_as_openai(Code.API_KEY_REQUIRED))
     app.include_router(public)
     app.include_router(page_router())
@@ -160,11 +162,12 @@ async def list_requests(
     model: Annotated[
         str | None, Query(description="Only those of this model", json_schema_extra={"enum": list(CATALOG)})
     ] = None,
+    batch: Annotated[str | None, Query(description="Only those of this batch", pattern=f"^{UUID}$")] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_LIMIT, description="How many at most")] = 50,
     cursor: Annotated[str | None, Query(description="`next_cursor` of the page before")] = None,
 ) -> ListAnswer:
     """List your requests, newest first."""
-    return await parts.run(partial(read_page, parts.queue, tenant, state, model, limit, cursor))
+    return await parts.run(partial(read_page, parts.queue, tenant, state, model, batch, limit, cursor))
 
 
 @v1.get("/requests/{request_id}/status", responses=_OF_A_REQUEST)

@@ -22,32 +22,34 @@ def read_page(
     tenant: str,
     state: JobState | None,
     model: str | None,
+    batch: str | None,
     limit: int,
     cursor: str | None,
 ) -> ListAnswer:
-    """Return the owner's `limit` newest jobs, of one state or model if wanted, that lie behind `cursor`.
+    """Return the owner's `limit` newest jobs, of one state, model or batch if so, that lie behind `cursor`.
 
     A page goes on where the one before ended, whatever was submitted meanwhile. Blocking. Raises `Refusal`
     and `StoreUnavailable`.
     """
     if model is not None and model not in CATALOG:
         raise Refusal(Code.MODEL_NOT_FOUND, supported_models=list(CATALOG))
-    before = None if cursor is None else _decode(cursor)
+    before = None if cursor is None else decode_cursor(cursor)
     # One more than wanted tells whether there is another page.
-    found = queue.list(tenant, state=state, model=model, limit=limit + 1, before=before)
+    found = queue.list(tenant, state=state, model=model, batch=batch, limit=limit + 1, before=before)
     page = found[:limit]
     return ListAnswer(
         requests=[ListedAnswer.listed(job) for job in page],
-        next_cursor=_encode(page[-1].seq) if len(found) > limit else None,
+        next_cursor=encode_cursor(page[-1].seq) if len(found) > limit else None,
     )
 
 
-def _encode(seq: int) -> str:
+def encode_cursor(seq: int) -> str:
+    """Return the place of a job in its table as a cursor, opaque to clients."""
     return base64.urlsafe_b64encode(seq.to_bytes(8, signed=True)).decode().rstrip("=")
 
 
-def _decode(cursor: str) -> int:
-    """Return the number that `_encode` was given; raises `Refusal` for what it never returns."""
+def decode_cursor(cursor: str) -> int:
+    """Return the number that `encode_cursor` was given; raises `Refusal` for what it never returns."""
     if _CURSOR.fullmatch(cursor):
         seq = int.from_bytes(base64.urlsafe_b64decode(f"{cursor}="), signed=True)
         if seq > 0:

@@ -15,6 +15,9 @@ from deployments.render import OutputFormat, Resolution, Sampling
 MAX_ITEMS = 1000
 """Longest `prompts` or `loras` list that is read at all; it bounds the work of reading a hostile body."""
 
+UUID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+"""The form of the ids of requests and batches, a regular expression."""
+
 MAX_PATH_CHARS = 4096
 """Linux's PATH_MAX: a longer path names no file."""
 
@@ -148,7 +151,17 @@ class RequestFields(_Part):
     """Tell a server when the job has ended."""
 
 
-class InferenceRequest(RequestFields):
+class _Submission(_Part):
+    """What is submitted under an `Idempotency-Key`."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what was asked: equal for bodies that differ only in layout, nulls or unknown fields."""
+        canonical = self.model_dump_json(exclude_none=True, exclude_defaults=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class InferenceRequest(_Submission, RequestFields):
     """Body of `POST /v1/inference`."""
 
     prompts: Annotated[list[PromptItem], Field(min_length=1, max_length=MAX_ITEMS)]
@@ -162,10 +175,18 @@ class InferenceRequest(RequestFields):
         return [f"{prefix}{name}" for prefix, part in parts for name in part.model_extra or {}]
 
     @property
-    def fingerprint(self) -> str:
-        """Hash of what was asked: equal for bodies that differ only in layout, nulls or unknown fields."""
-        canonical = self.model_dump_json(exclude_none=True, exclude_defaults=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+    def has_images(self) -> bool:
+        """Whether it brings control images, or names some."""
+        return any(any(prompt.control_images) for prompt in self.prompts)
+
+
+class BatchRequest(_Submission):
+    """Body of `POST /v1/batches`; with the `batch_id` of an earlier call its requests join that batch."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    requests: Annotated[list[InferenceRequest], Field(min_length=1, max_length=MAX_ITEMS)]
+    batch_id: Annotated[str, Field(pattern=f"^{UUID}$")] | None = None
 
 
 class InspectRequest(_Part):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated
 
@@ -12,10 +13,11 @@ from fastapi import Header
 from cluster.jobs import IdempotencyConflict, Job, NewJob
 from cluster.secrets import seal
 from deployments.render import split_secrets
-from serve_app.admission import admit
+from serve_app.admission import check, keep_images
 from serve_app.errors import Code, Refusal
 from serve_app.parts import Parts
 from serve_app.schemas import InferenceRequest
+from serve_app.settings import GatewayArgs
 from serve_app.webhooks import admit_webhook
 
 MAX_KEY_CHARS = 255
@@ -43,8 +45,7 @@ async def submit(request: InferenceRequest, key: str | None, tenant: str, parts:
     files that body names, and however many jobs are waiting. Raises `Refusal`, `StoreUnavailable` and
     `StoreError`.
     """
-    pictures = any(any(prompt.control_images) for prompt in request.prompts)
-    threads = parts.pictures if pictures else parts.threads
+    threads = parts.pictures if request.has_images else parts.threads
     admitted = await parts.run(partial(_admit, request, key, tenant, parts), threads)
     if isinstance(admitted, Job):
         return admitted
@@ -69,17 +70,37 @@ def _admit(request: InferenceRequest, key: str | None, tenant: str, parts: Parts
             return earlier
     if full is not None:
         raise full
-    webhook = admit_webhook(request.webhook, parts.settings)
-    spec, queries = split_secrets(admit(request, parts.settings, parts.store))
+    job, images = new_job(
+        request, parts.settings, tenant=tenant, idempotency_key=key, fingerprint=fingerprint
+    )
+    keep_images(images, parts.store)
+    return job
+
+
+def new_job(
+    request: InferenceRequest,
+    settings: GatewayArgs,
+    *,
+    tenant: str,
+    idempotency_key: str | None,
+    fingerprint: str | None,
+    batch: str | None = None,
+) -> tuple[NewJob, Mapping[str, bytes]]:
+    """Return the job that a request becomes, and the control images to keep for it. Raises `Refusal`."""
+    webhook = admit_webhook(request.webhook, settings)
+    admitted, images = check(request, settings)
+    spec, queries = split_secrets(admitted)
     secrets = {name: value for name, value in (("hf_token", request.hf_token), ("queries", queries)) if value}
-    return NewJob(
+    job = NewJob(
         id=str(uuid.uuid4()),
         model=spec.model,
         spec=spec.model_dump(mode="json"),
         adapter=spec.adapter,
         tenant=tenant,
-        idempotency_key=key,
+        idempotency_key=idempotency_key,
         fingerprint=fingerprint,
         secret=seal(secrets) if secrets else None,
         webhook=webhook,
+        batch=batch,
     )
+    return job, images

@@ -58,6 +58,7 @@ def _job(job: NewJob) -> Job:
         adapter=job.adapter,
         tenant=job.tenant,
         fingerprint=job.fingerprint,
+        batch=job.batch,
         state=JobState.IN_QUEUE,
         epoch=0,
         attempts=0,

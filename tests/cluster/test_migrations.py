@@ -29,7 +29,7 @@ def test_the_migrated_schema_is_the_metadata(queue: JobQueue, url: str) -> None:
         context = MigrationContext.configure(connection, opts={"compare_server_default": True})
         assert compare_metadata(context, metadata) == []
         context = MigrationContext.configure(connection)
-        assert context.get_current_heads() == ("0003",)
+        assert context.get_current_heads() == ("0004",)
     database.close()
 
 

@@ -61,7 +61,7 @@ def test_it_lists_ones_own_jobs_newest_first_as_their_status(
     for request in answer["requests"]:
         status = service.status(request["request_id"])
         model = "sd15" if request["request_id"] in (ids["queued"], ids["succeeded"]) else "flux"
-        assert request == status | {"queue_position": None, "model": model}
+        assert request == status | {"queue_position": None, "model": model, "batch_id": None}
     bobs = service.client.get("/v1/requests", headers=BOB).json()
     assert ids_of(bobs) == [ids["bob"]]
 
