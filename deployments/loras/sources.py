@@ -105,6 +105,19 @@ class Loras:
             if lease:
                 lease.close()
 
+    def at_hand(self, lora: LoraSpec) -> bool:
+        """Whether `open` has nobody to ask: the file is below the root, or here by its sha256."""
+        try:
+            remote = parse(lora.path)
+        except LoraReferenceError:
+            return True
+        if remote is None:
+            return True
+        lease = self._store.find(lora.sha256) if lora.sha256 else None
+        if lease:
+            lease.close()
+        return lease is not None
+
     def peek(self, remote: RemoteFile, token: str | None = None) -> Header:
         """Return the header of a LoRA from elsewhere; its weights are not fetched. Raises as `open`."""
         with _told():
