@@ -58,8 +58,8 @@ class Adapters:
         self._layers = layers
         self._host = host
         self._device = device
-        self._tier = Tier(budget, Meter("device"))
-        self._from_host = Meter("host")
+        self.meter = Meter("device")
+        self._tier = Tier(budget, self.meter)
         self._hooked: set[LayerName] = set()
         self._switch = _Switch()
         self._in_use: frozenset[Key] = frozenset()
@@ -112,7 +112,7 @@ class Adapters:
             self._tier.make_room(packed.bytes, in_use)
             started = time.perf_counter()
             resident = packed.copy(self._device)
-            self._from_host.read(packed.buffer.nbytes, time.perf_counter() - started)
+            self._host.meter.read(packed.buffer.nbytes, time.perf_counter() - started)
         self._tier.add(key_of(file), resident)
         for name in resident.deltas.keys() - self._hooked:
             self._layers[name].register_forward_hook(partial(self._switch.hook, name))

@@ -34,9 +34,10 @@ class HostTier:
 
     def __init__(self, convert: Callable[[LoraFile], Packed], budget: int) -> None:
         self._convert = convert
-        self._lock = threading.Lock()
-        self._tier = Tier(budget, Meter("host"))
+        self.meter = Meter("host")
         self._disk = Meter("disk")
+        self._tier = Tier(budget, self.meter)
+        self._lock = threading.Lock()
         self._users: Counter[Key] = Counter()
         self._flights: WeakValueDictionary[Key, _Flight] = WeakValueDictionary()
 
