@@ -26,6 +26,8 @@ from deployments.catalog import HighResolution, ModelSpec, Part
 from deployments.checkpoints import Checkpoints, Located
 from deployments.classes import make_scheduler, named, pipeline_class, with_parts_of
 from deployments.loras.adapters import Adapters
+from deployments.loras.conversion import Converter, layers_of
+from deployments.loras.host import HostTier
 from deployments.loras.references import LoraFile, digest
 from deployments.media import Media
 from deployments.progress import Observer, Progress
@@ -33,16 +35,17 @@ from deployments.render import PromptSpec, Sampling
 from deployments.videos import Sound
 
 ADAPTER_BYTES = 8 * 2**30
-"""Default room for resident adapters on the device: about 50 of rank 16 for FLUX.1 in bfloat16."""
+"""Default room for adapters on the device, and for those in host memory: about 50 of rank 16 for FLUX.1."""
 
 OFFLOADS = ("none", "model", "group", "sequential")
 
 
 class Engine:
-    """One model's pipeline on one device. For one thread only.
+    """One model's pipeline on one device. For one thread only, but for `prepare` and `prepared`.
 
     `device` is "cpu" or "cuda"; `offload` is diffusers' own (one of `OFFLOADS`) and does nothing on the CPU;
-    `adapter_bytes` bounds the resident adapters, of which those in use are never dropped.
+    `adapter_bytes` and `host_adapter_bytes` bound the adapters on the device and those in host memory, of
+    which those in use are never dropped.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Engine:
         device: str,
         offload: str = "none",
         adapter_bytes: int = ADAPTER_BYTES,
+        host_adapter_bytes: int = ADAPTER_BYTES,
     ) -> None:
         if offload not in OFFLOADS:
             raise ValueError(f"offload is {offload!r}; it must be one of {', '.join(OFFLOADS)}")
@@ -61,11 +65,13 @@ class Engine:
         self._device = torch.device(device)
         self._offload = offload
         self._adapter_bytes = adapter_bytes
+        self._host_adapter_bytes = host_adapter_bytes
         self._pipeline: Any = None
         self._image_pipeline: Any = None
         self._located: Located | None = None
         self._parts: dict[str, str] = {}
         self._upsampler: Any = None
+        self._host: HostTier | None = None
         self._adapters: Adapters | None = None
 
     def load(self) -> None:
@@ -93,7 +99,10 @@ class Engine:
             self._image_pipeline = with_parts_of(pipeline, self.spec.image_pipeline)
         for each in {self._pipeline, self._image_pipeline}:
             each.set_progress_bar_config(disable=True)
-        self._adapters = Adapters(pipeline, self._device, self._adapter_bytes, self.spec.experts)
+        layers = layers_of(pipeline)
+        convert = Converter(layers, self.spec.experts, pinned=self._device.type == "cuda")
+        self._host = HostTier(convert, self._host_adapter_bytes)
+        self._adapters = Adapters(layers, self._host, self._device, self._adapter_bytes)
 
     def use(self, loras: Sequence[tuple[LoraFile, float]]) -> list[str]:
         """Make exactly these adapters active with these multipliers; returns warnings of partial matches.
@@ -102,6 +111,23 @@ class Engine:
         away. What was active stays so then.
         """
         return self._loaded_adapters.activate(loras)
+
+    @contextmanager
+    def prepare(self, file: LoraFile) -> Iterator[None]:
+        """Bring the adapter of a file to host memory, where it stays at least until the block ends.
+
+        For other threads than the one that renders: a `use` of the same file meanwhile waits for this one
+        instead of reading it too. Raises `JobFailure` as `use`; `RuntimeError` before `load`.
+        """
+        if self._host is None:
+            raise RuntimeError("the engine is not loaded")
+        with self._host.use(file):
+            yield
+
+    @property
+    def prepared(self) -> frozenset[str]:
+        """The sha256 of each adapter in host memory; from any thread."""
+        return self._host.hashes if self._host else frozenset()
 
     def render(self, prompt: PromptSpec, controls: Sequence[Image.Image], observer: Observer) -> Media:
         """Render one prompt with the active adapters. Models without control images ignore `controls`.
@@ -124,11 +150,11 @@ class Engine:
 
     @property
     def warm(self) -> frozenset[str]:
-        """The sha256 of each resident adapter."""
+        """The sha256 of each adapter on the device."""
         return self._adapters.resident if self._adapters else frozenset()
 
     def drop_adapters(self) -> None:
-        """Forget every adapter, active ones too, and give their memory back to the device."""
+        """Forget every adapter on the device, active ones too, and give it its memory back."""
         self._loaded_adapters.drop()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

@@ -49,6 +49,7 @@ class WorkerConfig(BaseModel):
     inference_timeout_s: float
     lease_s: float
     adapter_bytes: int
+    host_adapter_bytes: int
 
 
 class Worker:
@@ -82,6 +83,7 @@ class Worker:
             device=config.device,
             offload=config.offload,
             adapter_bytes=config.adapter_bytes,
+            host_adapter_bytes=config.host_adapter_bytes,
         )
         fetcher = Fetcher(parse_hosts(config.fetch_hosts))
         loras = Loras(
