@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from cluster.claims import Answer
 from cluster.jobs import FailureCode, Job, JobFailure, StoreUnavailable
@@ -34,7 +35,9 @@ FRESH_S = 60.0
 LOOK_S = 0.5
 """Pause between two looks at the queue while a job runs."""
 
-Foresee = Callable[[frozenset[str]], "tuple[Job, str | None] | None"]
+Prepare: TypeAlias = Callable[[LoraFile], AbstractContextManager[None]]
+
+Foresee: TypeAlias = Callable[[frozenset[str]], "tuple[Job, str | None] | None"]
 """Returns the job that would be claimed next, those of the given LoRA sets left out, and its secret."""
 
 
@@ -62,14 +65,16 @@ class Arrival:
 
 
 class Prefetcher:
-    """Brings LoRAs with `loras` on threads of its own; thread-safe.
+    """Brings LoRAs with `loras`, then `prepare`, on threads of its own; thread-safe.
 
-    `foresee` looks at the queue while `rendering` is set; `arrived` is called when something has come. At
-    most `SLOTS` jobs at a time have their LoRAs leased here, which budgets may be overshot by.
+    `prepare` takes a file to the tiers of the engine and holds it there. `foresee` looks at the queue while
+    `rendering` is set; `arrived` is called when something has come. At most `SLOTS` jobs at a time have their
+    LoRAs in use here, which budgets may be overshot by.
     """
 
-    def __init__(self, loras: Loras, foresee: Foresee, arrived: Callable[[], None]) -> None:
+    def __init__(self, loras: Loras, prepare: Prepare, foresee: Foresee, arrived: Callable[[], None]) -> None:
         self._loras = loras
+        self._prepare = prepare
         self._foresee = foresee
         self._arrived = arrived
         self._lock = threading.Lock()
@@ -171,7 +176,8 @@ class Prefetcher:
         spec, token = unseal(spec, secret)
         for lora in spec.loras:
             opened = self._loras.open(lora, tick=self._tick, token=token)
-            arrival.files[lora] = arrival.leases.enter_context(opened)
+            file = arrival.files[lora] = arrival.leases.enter_context(opened)
+            arrival.leases.enter_context(self._prepare(replace(file, expert=lora.transformer)))
 
     def _tick(self) -> None:
         if self._closing.is_set():

@@ -23,6 +23,7 @@ from deployments.loras.deltas import Delta, Layer
 from deployments.loras.host import HostTier
 from deployments.loras.packed import LayerName, Packed
 from deployments.loras.references import LoraFile
+from deployments.loras.staging import Staging
 from deployments.loras.tiers import Key, Tier, key_of
 
 Active: TypeAlias = tuple[Mapping[LayerName, Delta], float]
@@ -49,7 +50,7 @@ class Adapters:
     """The adapters of one pipeline's `layers` on its device, brought there from `host`.
 
     `budget` bounds their bytes on the device: the least recently used go, never an active one. For one
-    thread only.
+    thread only, but for `staged`.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Adapters:
         self._device = device
         self.meter = Meter("device")
         self._tier = Tier(budget, self.meter)
+        self._staging = Staging(device)
         self._hooked: set[LayerName] = set()
         self._switch = _Switch()
         self._in_use: frozenset[Key] = frozenset()
@@ -82,6 +84,16 @@ class Adapters:
         self._tier.make_room(0, self._in_use)
         return [each.warning for each in packed.values() if each.warning]
 
+    @contextmanager
+    def staged(self, file: LoraFile, packed: Packed) -> Iterator[None]:
+        """Begin to copy an adapter to the device if there is room beside those there; any thread may.
+
+        If it is not activated before the block ends, the copy is dropped.
+        """
+        key = key_of(file)
+        with self._staging.hold(key, packed, 0 if key in self._tier else self._tier.room):
+            yield
+
     def form_products(self, *, in_file_dtype: bool) -> None:
         """Let the active LoRAs round their products to their file's dtype, or not."""
         self._switch.in_file_dtype = in_file_dtype
@@ -102,6 +114,7 @@ class Adapters:
         """Deactivate every adapter and forget it on the device."""
         self._switch.active = ()
         self._in_use = frozenset()
+        self._staging.clear()
         self._tier.clear()
 
     def _bring(self, file: LoraFile, in_use: Collection[Key]) -> Packed:
@@ -111,7 +124,7 @@ class Adapters:
         with self._host.use(file) as packed:
             self._tier.make_room(packed.bytes, in_use)
             started = time.perf_counter()
-            resident = packed.copy(self._device)
+            resident = self._staging.take(key_of(file)) or packed.copy(self._device)
             self._host.meter.read(packed.buffer.nbytes, time.perf_counter() - started)
         self._tier.add(key_of(file), resident)
         for name in resident.deltas.keys() - self._hooked:

@@ -32,6 +32,11 @@ class Tier:
         return key in self._held
 
     @property
+    def room(self) -> int:
+        """Bytes that the budget has left."""
+        return max(self._budget - self._bytes, 0)
+
+    @property
     def hashes(self) -> frozenset[str]:
         """The sha256 of each adapter here."""
         return frozenset(sha256 for sha256, _ in self._held)

@@ -201,7 +201,7 @@ class Expected:
                 return job_id
             refused.add(adapter)
         # In vain: the table is left as it was.
-        self.held[owner] = before if refused <= warm else warm | refused
+        self.held[owner] = before if refused <= warm else refused | warm
         return None
 
     def next(self, owner: str, refused: set[str]) -> tuple[str, str, float] | None:
@@ -220,7 +220,7 @@ class Expected:
 def test_claims_follow_the_order_whatever_happened(url: str) -> None:
     queue = JobQueue(url, age_bound_s=AGE_BOUND_S)
 
-    @settings(max_examples=12, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=30, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(st.lists(STEPS, max_size=20))
     def check(steps: list[tuple]) -> None:
         empty(url)
