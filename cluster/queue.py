@@ -148,6 +148,12 @@ class JobQueue:
         with self._database.read() as connection:
             return set(job_ids).difference(connection.scalars(live))
 
+    def queued(self, job_ids: Collection[str]) -> set[str]:
+        """Return which of the jobs still wait to be claimed."""
+        waiting = select(jobs.c.id).where(jobs.c.id.in_(job_ids), jobs.c.state == JobState.IN_QUEUE)
+        with self._database.read() as connection:
+            return set(connection.scalars(waiting))
+
     def cancel(self, job_id: str) -> tuple[Job, bool] | None:
         """Cancel a queued job, or ask the worker of a running one to stop; None if the id is unknown.
 

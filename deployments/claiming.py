@@ -71,7 +71,9 @@ class ClaimLoop:
         self._draining = threading.Event()
         self._watch = queue.watch()
         self._patience = Patience()
-        self._prefetcher = Prefetcher(loras, engine.prepare, self._foresee, self._watch.wake)
+        self._prefetcher = Prefetcher(
+            loras, engine.prepare, foresee=self._foresee, queued=queue.queued, arrived=self._watch.wake
+        )
         self.loaded = threading.Event()
         self._thread = threading.Thread(target=self._main, name="render", daemon=True)
 

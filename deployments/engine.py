@@ -116,12 +116,15 @@ class Engine:
     def prepare(self, file: LoraFile) -> Iterator[None]:
         """Bring the adapter of a file to host memory, where it stays at least until the block ends.
 
-        From there it goes on to a GPU that has room for it. For other threads than the one that renders: a
-        `use` of the same file meanwhile waits for this one instead of reading it too. Raises `JobFailure` as
-        `use`; `RuntimeError` before `load`.
+        From there it goes on to a GPU that has room for it; one on the device is left there. For other
+        threads than the one that renders: a `use` of the same file meanwhile waits for this one instead of
+        reading it too. Raises `JobFailure` as `use`; `RuntimeError` before `load`.
         """
         if self._host is None:
             raise RuntimeError("the engine is not loaded")
+        if self._loaded_adapters.holds(file):
+            yield
+            return
         with self._host.use(file) as packed, self._loaded_adapters.staged(file, packed):
             yield
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
@@ -53,6 +53,7 @@ class Arrival:
     begun: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
     done: bool = False
+    claimed: bool = False
     files: dict[LoraSpec, LoraFile] = field(default_factory=dict)
     failure: JobFailure | None = None
     leases: ExitStack = field(default_factory=ExitStack)
@@ -68,14 +69,23 @@ class Prefetcher:
     """Brings LoRAs with `loras`, then `prepare`, on threads of its own; thread-safe.
 
     `prepare` takes a file to the tiers of the engine and holds it there. `foresee` looks at the queue while
-    `rendering` is set; `arrived` is called when something has come. At most `SLOTS` jobs at a time have their
-    LoRAs in use here, which budgets may be overshot by.
+    `rendering` is set, `queued` tells which of some jobs still wait; `arrived` is called when something has
+    come. At most `SLOTS` jobs at a time have their LoRAs in use here, which budgets may be overshot by.
     """
 
-    def __init__(self, loras: Loras, prepare: Prepare, foresee: Foresee, arrived: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        loras: Loras,
+        prepare: Prepare,
+        *,
+        foresee: Foresee,
+        queued: Callable[[Collection[str]], set[str]],
+        arrived: Callable[[], None],
+    ) -> None:
         self._loras = loras
         self._prepare = prepare
         self._foresee = foresee
+        self._queued = queued
         self._arrived = arrived
         self._lock = threading.Lock()
         self._arrivals: dict[str, Arrival] = {}
@@ -113,6 +123,7 @@ class Prefetcher:
         with self._lock:
             self._drop_old()
             if arrival := self._arrivals.get(job.id):
+                arrival.claimed = arrival.done
                 return Answer.TAKE if arrival.done else Answer.BRING
             spec = RenderSpec.model_validate(job.spec)
             if all(self._loras.at_hand(lora) for lora in spec.loras):
@@ -127,11 +138,12 @@ class Prefetcher:
 
     def _look_ahead(self) -> None:
         while not self._closing.wait(LOOK_S):
-            if self.rendering.is_set():
-                try:
+            try:
+                self._drop_lost()
+                if self.rendering.is_set():
                     self._bring_next()
-                except StoreUnavailable:
-                    logger.warning("the job table is away; nothing is brought ahead")
+            except StoreUnavailable:
+                logger.warning("the job table is away; nothing is brought ahead")
 
     def _bring_next(self) -> None:
         with self._lock:
@@ -188,6 +200,17 @@ class Prefetcher:
         for arrival in list(self._arrivals.values()):
             if arrival.done and arrival.begun + arrival.seconds < latest:
                 self._drop(arrival)
+
+    def _drop_lost(self) -> None:
+        """Drop what was brought for jobs that others have claimed, or that were canceled."""
+        with self._lock:
+            waiting = [each for each in self._arrivals.values() if each.done and not each.claimed]
+        queued = self._queued([each.job.id for each in waiting]) if waiting else set()
+        with self._lock:
+            for arrival in waiting:
+                lost = arrival.job.id not in queued and not arrival.claimed
+                if lost and self._arrivals.get(arrival.job.id) is arrival:
+                    self._drop(arrival)
 
     def _drop(self, arrival: Arrival) -> None:
         self._arrivals.pop(arrival.job.id).leases.close()

@@ -50,7 +50,7 @@ class Adapters:
     """The adapters of one pipeline's `layers` on its device, brought there from `host`.
 
     `budget` bounds their bytes on the device: the least recently used go, never an active one. For one
-    thread only, but for `staged`.
+    thread only, but for `holds` and `staged`.
     """
 
     def __init__(
@@ -84,14 +84,17 @@ class Adapters:
         self._tier.make_room(0, self._in_use)
         return [each.warning for each in packed.values() if each.warning]
 
+    def holds(self, file: LoraFile) -> bool:
+        """Whether the adapter of a file is on the device now; any thread may ask."""
+        return key_of(file) in self._tier
+
     @contextmanager
     def staged(self, file: LoraFile, packed: Packed) -> Iterator[None]:
         """Begin to copy an adapter to the device if there is room beside those there; any thread may.
 
         If it is not activated before the block ends, the copy is dropped.
         """
-        key = key_of(file)
-        with self._staging.hold(key, packed, 0 if key in self._tier else self._tier.room):
+        with self._staging.hold(key_of(file), packed, self._tier.room):
             yield
 
     def form_products(self, *, in_file_dtype: bool) -> None:

@@ -3,7 +3,7 @@
 20 LoRAs of Zipf popularity, 4 replicas that hold 5 each, Poisson arrivals, on the real engine with a tiny
 FLUX that is slowed to real times (`tests.benchmarks.slowed`). The same requests three times in one run: our
 claims; the same queue in plain order; Ray Serve's `@serve.multiplexed`. No host tier: every miss is a load.
-Takes about five minutes. The last line is one JSON object; a hit is a job without a load:
+Takes about seven minutes. The last line is one JSON object; a hit is a job without a load:
 
 - `zipf_hit`, `zipf_hit_plain`, `zipf_hit_multiplexed`; `zipf_p95_s` and so on, from submission to the end;
 - `zipf_p95_over_multiplexed`, `zipf_p95_over_plain`.
@@ -35,13 +35,13 @@ from deployments.tiny import write_tiny_checkpoints, write_tiny_lora
 
 LORAS = 20
 REPLICAS = 4
-RATE = 4.0
+RATE = 2.0
 """Jobs a second: 0.4 of what the replicas can do without loads, 1.2 with one for each job."""
 
 WARM_UP = 60
 """Jobs that are not counted: every LoRA is new once."""
 
-COUNTED = 200
+COUNTED = 160
 
 SPAWN = multiprocessing.get_context("spawn")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,7 +47,13 @@ class Bench:
         store = LoraStore(self.cache, 2**30)
         fetcher = Fetcher(parse_hosts([site.host]))
         self.loras = Loras(folder / "loras", store, fetcher, max_bytes=2**20)
-        self.prefetcher = Prefetcher(self.loras, self.prepare, self.foresee, self.arrived.set)
+        self.prefetcher = Prefetcher(
+            self.loras,
+            self.prepare,
+            foresee=self.foresee,
+            queued=self.queue.queued,
+            arrived=self.arrived.set,
+        )
 
     @contextmanager
     def prepare(self, file: LoraFile) -> Iterator[None]:
@@ -200,6 +207,19 @@ def test_the_next_job_s_lora_comes_while_one_renders(bench: Bench, monkeypatch: 
     bench.gate.set()
     assert bench.brought(slow).failure is None
     assert all(bench.queue.ahead(job) is not None for job in (slow, local)), "nothing was claimed"
+
+
+def test_what_another_replica_took_is_dropped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "LOOK_S", 0.05)
+    bench.gate.set()
+    job = bench.job(bench.slow("/x.safetensors"))
+    bench.offer(job)
+    assert bench.arrived.wait(30)
+    bench.prefetcher.start()
+    time.sleep(0.2)
+    assert bench.prefetcher.held == {job.adapter}
+    assert bench.queue.claim("flux", "another") is not None
+    wait_until(lambda: not bench.prefetcher.held, 30, "the end of its lease")
 
 
 def test_closing_ends_what_is_on_its_way(bench: Bench) -> None:
