@@ -28,16 +28,20 @@ class Multiplexed:
     def __init__(self, folder: Path) -> None:
         self._loras = folder / "loras"
         self._engine = slow_engine(folder)
+        self._loaded = False
 
     @serve.multiplexed(max_num_models_per_replica=RESIDENT)
     async def adapter(self, name: str) -> LoraFile:
-        file = open_lora(self._loras, name)
+        self._loaded, file = True, open_lora(self._loras, name)
         await asyncio.to_thread(self._engine.use, [(file, 1.0)])
         return file
 
-    async def __call__(self, prompt: PromptSpec) -> None:
+    async def __call__(self, prompt: PromptSpec) -> bool:
+        """Render; return whether the LoRA was here."""
+        self._loaded = False
         file = await self.adapter(serve.get_multiplexed_model_id())  # pyright: ignore[reportCallIssue]
         await asyncio.to_thread(self._render, file, prompt)
+        return not self._loaded
 
     def _render(self, file: LoraFile, prompt: PromptSpec) -> None:
         self._engine.use([(file, 1.0)])
@@ -61,13 +65,13 @@ def multiplexed(folder: Path, replicas: int) -> Iterator[Any]:
 
 
 class Callers:
-    """One thread for each request in flight, and the seconds that each took."""
+    """One thread for each request in flight; of each answer whether it was a hit, and its seconds."""
 
     def __init__(self, handle: Any, prompt: PromptSpec) -> None:
         self._handle = handle
         self._prompt = prompt
         self._threads: list[threading.Thread] = []
-        self._seconds: dict[int, float] = {}
+        self._outcomes: dict[int, tuple[bool, float]] = {}
 
     def submit(self, lora: str) -> None:
         """Send a request."""
@@ -75,14 +79,14 @@ class Callers:
 
         def call() -> None:
             begun = time.monotonic()
-            self._handle.options(multiplexed_model_id=lora).remote(self._prompt).result()
-            self._seconds[number] = time.monotonic() - begun
+            hit = self._handle.options(multiplexed_model_id=lora).remote(self._prompt).result()
+            self._outcomes[number] = hit, time.monotonic() - begun
 
         self._threads.append(threading.Thread(target=call))
         self._threads[-1].start()
 
-    def seconds(self) -> Sequence[float]:
-        """Wait for all answers; return what each took, in the order of the requests."""
+    def outcomes(self) -> Sequence[tuple[bool, float]]:
+        """Wait for all answers; return what is known of each, in the order of the requests."""
         for thread in self._threads:
             thread.join()
-        return [self._seconds[number] for number in range(len(self._threads))]
+        return [self._outcomes[number] for number in range(len(self._threads))]

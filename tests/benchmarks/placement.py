@@ -3,7 +3,7 @@
 20 LoRAs of Zipf popularity, 4 replicas that hold 5 each, Poisson arrivals, on the real engine with a tiny
 FLUX that is slowed to real times (`tests.benchmarks.slowed`). The same requests three times in one run: our
 claims; the same queue in plain order; Ray Serve's `@serve.multiplexed`. No host tier: every miss is a load.
-Takes about seven minutes. The last line is one JSON object; a hit is a job without a load:
+Takes about seven minutes. The last line is one JSON object; a hit is a job for which nothing is loaded:
 
 - `zipf_hit`, `zipf_hit_plain`, `zipf_hit_multiplexed`; `zipf_p95_s` and so on, from submission to the end;
 - `zipf_p95_over_multiplexed`, `zipf_p95_over_plain`.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import random
 import statistics
 import tempfile
@@ -23,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import TypeAlias
 
 from rich.console import Console
 from rich.table import Table
@@ -30,8 +30,17 @@ from rich.table import Table
 from cluster.jobs import JobState, NewJob
 from cluster.objects import DirectoryStore
 from cluster.queue import JobQueue
+from deployments.claiming import ClaimLoop
+from deployments.heartbeat import Heartbeat
 from deployments.render import LoraSpec, PromptSpec, RenderSpec
 from deployments.tiny import write_tiny_checkpoints, write_tiny_lora
+from serve_app.render import open_sources
+from serve_app.settings import Settings
+from tests.benchmarks.multiplexed import Callers, multiplexed
+from tests.benchmarks.slowed import LOAD_S, slow_engine
+
+Outcome: TypeAlias = tuple[bool, float]
+"""Whether a job's LoRA was there without a load, and the seconds from submission to the end."""
 
 LORAS = 20
 REPLICAS = 4
@@ -59,25 +68,16 @@ def traffic() -> list[tuple[float, str]]:
     return requests
 
 
-def send(submit: Callable[[str], object]) -> float:
-    """Submit all requests, each at its time; return when counting began."""
-    begun, since = time.monotonic(), 0.0
-    for number, (at, name) in enumerate(traffic()):
+def send(submit: Callable[[str], object]) -> None:
+    """Submit all requests, each at its time."""
+    begun = time.monotonic()
+    for at, name in traffic():
         time.sleep(max(begun + at - time.monotonic(), 0))
-        if number == WARM_UP:
-            since = time.time()
         submit(name)
-    return since
 
 
 def work(folder: Path, url: str, age_bound_s: float, owner: str, loaded: Event, stop: Event) -> None:
     """Be one replica: a claim loop without Ray."""
-    from deployments.claiming import ClaimLoop
-    from deployments.heartbeat import Heartbeat
-    from serve_app.render import open_sources
-    from serve_app.settings import Settings
-    from tests.benchmarks.slowed import slow_engine
-
     queue, store = JobQueue(url, age_bound_s=age_bound_s), DirectoryStore(folder / "outputs")
     loras, controls = open_sources(Settings(loras=folder / "loras", lora_cache=folder / "cache"), store)
     heartbeat = Heartbeat(queue, owner, "flux", warm=lambda: loop.warm, lease_s=30)
@@ -112,8 +112,8 @@ def workers(folder: Path, url: str, age_bound_s: float) -> Iterator[None]:
             process.join()
 
 
-def through_claims(folder: Path, *, age_bound_s: float) -> tuple[float, Sequence[float]]:
-    """Return when counting began, and the seconds of each job."""
+def through_claims(folder: Path, *, age_bound_s: float) -> Sequence[Outcome]:
+    """Send the requests to our queue."""
     url = f"sqlite:///{folder}/jobs-{age_bound_s:g}.db"
     queue, ids = JobQueue(url), list[str]()
 
@@ -125,36 +125,34 @@ def through_claims(folder: Path, *, age_bound_s: float) -> tuple[float, Sequence
         ids.extend(job.id for job in queue.submit([row]))
 
     with workers(folder, url, age_bound_s):
-        since = send(submit)
+        send(submit)
         while len(queue.finished(ids)) < len(ids):
             time.sleep(0.2)
-    seconds = []
+    outcomes = []
     for job_id in ids:
         job = queue.get(job_id)
-        assert job is not None and job.state is JobState.SUCCEEDED and job.finished_at is not None, job
-        seconds.append(job.finished_at - job.created_at)
+        assert job is not None and job.state is JobState.SUCCEEDED and job.finished_at and job.result, job
+        timings = job.result["timings"]
+        load_s = timings.get("prefetch", 0.0) + timings["adapters"]
+        outcomes.append((load_s < LOAD_S, job.finished_at - job.created_at))
     queue.close()
-    return since, seconds
+    return outcomes
 
 
-def through_multiplexed(folder: Path) -> tuple[float, Sequence[float]]:
-    """As `through_claims`, by Ray Serve."""
-    from tests.benchmarks.multiplexed import Callers, multiplexed
-
+def through_multiplexed(folder: Path) -> Sequence[Outcome]:
+    """Send the requests to Ray Serve."""
     with multiplexed(folder, REPLICAS) as handle:
         callers = Callers(handle, PROMPT)
-        return send(callers.submit), callers.seconds()
+        send(callers.submit)
+        return callers.outcomes()
 
 
-def figures(folder: Path, name: str, arm: Callable[[], tuple[float, Sequence[float]]]) -> dict[str, float]:
-    """Run an arm; return its hit rate and its seconds from submission to the end."""
-    log = folder / f"loads-{name}"
-    os.environ["LOADS"] = str(log)
-    since, every = arm()
-    loads = sum(float(line) >= since for line in log.read_text().splitlines())
-    seconds = sorted(every[WARM_UP:])
+def figures(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Return the hit rate, and the seconds from submission to the end."""
+    counted = outcomes[WARM_UP:]
+    seconds = sorted(took_s for _, took_s in counted)
     return {
-        "hit": 1 - loads / COUNTED,
+        "hit": sum(hit for hit, _ in counted) / COUNTED,
         "p50_s": statistics.median(seconds),
         "p95_s": seconds[int(0.95 * COUNTED)],
         "max_s": seconds[-1],
@@ -169,10 +167,10 @@ def main() -> None:
         for n in range(LORAS):
             write_tiny_lora(folder / "loras" / f"{n}.safetensors", seed=n)
         arms = {
-            "claims": figures(folder, "claims", lambda: through_claims(folder, age_bound_s=60)),
-            # All jobs are older than no time: the oldest goes first.
-            "plain": figures(folder, "plain", lambda: through_claims(folder, age_bound_s=0)),
-            "multiplexed": figures(folder, "multiplexed", lambda: through_multiplexed(folder)),
+            "claims": figures(through_claims(folder, age_bound_s=60)),
+            # Every job is older than no time: the oldest goes first.
+            "plain": figures(through_claims(folder, age_bound_s=0)),
+            "multiplexed": figures(through_multiplexed(folder)),
         }
     table = Table("figure", *arms)
     for name in arms["claims"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,11 +32,9 @@ RESIDENT = 5
 
 
 class SlowConverter(Converter):
-    """Takes `LOAD_S` for a file, on whatever thread, and notes each time in `LOADS`."""
+    """Takes `LOAD_S` for a file, on whatever thread."""
 
     def __call__(self, file: LoraFile) -> Packed:
-        with Path(os.environ["LOADS"]).open("a") as loads:
-            loads.write(f"{time.time()}\n")
         begun = time.monotonic()
         packed = super().__call__(file)
         time.sleep(max(begun + LOAD_S - time.monotonic(), 0))

@@ -277,16 +277,17 @@ def test_a_claim_in_vain_changes_nothing(queue: JobQueue) -> None:
     assert queue.depths()[MODEL].workers == 1
 
 
-def the_order(dialect: Dialect) -> str:
-    order = select(next_job(MODEL, "replica", age_bound_s=60, patience_s=1))
+def the_order(dialect: Dialect, without: frozenset[str] = frozenset()) -> str:
+    order = select(next_job(MODEL, "replica", age_bound_s=60, patience_s=1, without=without))
     return str(order.compile(dialect=dialect, compile_kwargs={"literal_binds": True}))
 
 
-def test_every_class_walks_an_index_of_sqlite(sqlite_url: str) -> None:
+@pytest.mark.parametrize("without", [(), ("a", "b")])
+def test_every_class_walks_an_index_of_sqlite(sqlite_url: str, without: tuple[str, ...]) -> None:
     JobQueue(sqlite_url).close()
     database = open_database(sqlite_url)
     with database.read() as connection:
-        statement = f"EXPLAIN QUERY PLAN {the_order(sqlite.dialect())}"
+        statement = f"EXPLAIN QUERY PLAN {the_order(sqlite.dialect(), frozenset(without))}"
         plan = [row[3] for row in connection.exec_driver_sql(statement)]
     database.close()
     walks = [step for step in plan if "queued" in step or "head" in step]
@@ -295,8 +296,11 @@ def test_every_class_walks_an_index_of_sqlite(sqlite_url: str) -> None:
     assert sum("TEMP B-TREE" in step for step in plan) == 1, "the replica's own few adapters"
 
 
+@pytest.mark.parametrize("without", [(), ("a", "b")])
 @pytest.mark.parametrize("statistics", ["none", "of an empty table", "of an empty queue", "true"])
-def test_every_class_walks_an_index_of_postgresql(postgres_url: str, statistics: str) -> None:
+def test_every_class_walks_an_index_of_postgresql(
+    postgres_url: str, statistics: str, without: tuple[str, ...]
+) -> None:
     """Whatever the planner believes: a queue is often empty when statistics are taken."""
     queue, database = JobQueue(postgres_url), open_database(postgres_url)
     with database.write() as connection:
@@ -311,7 +315,7 @@ def test_every_class_walks_an_index_of_postgresql(postgres_url: str, statistics:
         if statistics in ("of an empty queue", "true"):
             connection.exec_driver_sql("ANALYZE")
         connection.exec_driver_sql("UPDATE jobs SET state = 'in_queue'")
-        statement = f"EXPLAIN (COSTS OFF) {the_order(postgresql.dialect())}"
+        statement = f"EXPLAIN (COSTS OFF) {the_order(postgresql.dialect(), frozenset(without))}"
         plan = "\n".join(connection.exec_driver_sql(statement).scalars())
     queue.close()
     database.close()
