@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from enum import Enum, auto
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 from sqlalchemy import (
     ColumnElement,
@@ -16,13 +17,36 @@ from sqlalchemy import (
     exists,
     func,
     select,
+    true,
 )
 
 from cluster.database import Insert
-from cluster.jobs import JobState
+from cluster.jobs import Job, JobState
 from cluster.schema import job_outputs, jobs, now, warm, workers
+from cluster.transitions import job_of
+
+_MAX_LEFT = 8
+"""Adapters whose jobs a replica may pass over in one claim; each costs a walk of the queue."""
 
 _queued = jobs.alias("queued")
+
+
+class Answer(Enum):
+    """What a replica says to a job that is its next."""
+
+    TAKE = auto()
+    BRING = auto()
+    """Not yet: its adapter is on its way here, and counts as held already."""
+    LEAVE = auto()
+
+
+Offer: TypeAlias = Callable[[Job, str | None], Answer]
+"""Answers for a job and its secret, within the transaction of the claim: at once, and without the table."""
+
+
+def take_any(_job: Job, _secret: str | None) -> Answer:
+    """Take whatever is next."""
+    return Answer.TAKE
 
 
 def anything_ready(model: str) -> ColumnElement[bool]:
@@ -30,22 +54,70 @@ def anything_ready(model: str) -> ColumnElement[bool]:
     return exists().where(_ready(_queued, model))
 
 
+def choose(
+    connection: Connection, model: str, owner: str, offer: Offer, *, age_bound_s: float, patience_s: float
+) -> tuple[int | None, set[str]]:
+    """Return the `seq` of the first job in the order of `next_job` that is taken, None if there is none.
+
+    With it come the adapters that are on their way. Of an adapter whose job is not taken no other job is
+    offered: it would not be taken either.
+    """
+    passed: frozenset[str] = frozenset()
+    coming: set[str] = set()
+    while len(passed) <= _MAX_LEFT:
+        chosen = next_job(model, owner, age_bound_s=age_bound_s, patience_s=patience_s, without=passed)
+        row = connection.execute(select(jobs).where(jobs.c.seq == chosen)).mappings().one_or_none()
+        if row is None:
+            break
+        answer = offer(job_of(row), row["secret"])
+        if answer is Answer.TAKE:
+            return row["seq"], coming
+        if answer is Answer.BRING:
+            coming.add(row["adapter"])
+        passed |= {row["adapter"]}
+    return None, coming
+
+
+def foresee(
+    connection: Connection,
+    model: str,
+    owner: str,
+    *,
+    age_bound_s: float,
+    patience_s: float,
+    without: frozenset[str],
+) -> tuple[Job, str | None] | None:
+    """Return the job that `owner` would claim now, and its secret, if that job has waited `patience_s`."""
+    chosen = next_job(model, owner, age_bound_s=age_bound_s, patience_s=patience_s, without=without)
+    waited = jobs.c.created_at <= now() - patience_s
+    row = connection.execute(select(jobs).where(jobs.c.seq == chosen, waited)).mappings().one_or_none()
+    return None if row is None else (job_of(row), row["secret"])
+
+
 @lru_cache
-def next_job(model: str, owner: str, *, age_bound_s: float, patience_s: float) -> ColumnElement[int]:
+def next_job(
+    model: str,
+    owner: str,
+    *,
+    age_bound_s: float,
+    patience_s: float,
+    without: frozenset[str] = frozenset(),
+) -> ColumnElement[int]:
     """Return the `seq` of the job that `owner` has to claim now, NULL if there is none, as an SQL expression.
 
     In this order: the oldest job that has waited `age_bound_s`, so that none starves; the oldest whose LoRA
     this replica holds; the oldest whose LoRA no replica holds; the oldest that has waited `patience_s` in
     vain for one that holds its LoRA (delay scheduling). Each class is evaluated only if those before it are
-    empty, and walks one index from its oldest job on. Jobs that another transaction is about to claim are
-    passed over.
+    empty, and walks one index from its oldest job on. Jobs that another transaction is about to claim, and
+    those of the adapters `without`, are passed over.
     """
     # Cached: building the expression takes as long as a claim.
+    others = _queued.c.adapter.not_in(without) if without else true()
     return func.coalesce(
-        _oldest(model, _queued.c.created_at <= now() - age_bound_s),
-        _oldest_of(model, _held_adapter_of_oldest(model, owner)),
-        _oldest(model, ~_held_by_a_replica()),
-        _oldest(model, _queued.c.created_at <= now() - patience_s),
+        _oldest(model, others, _queued.c.created_at <= now() - age_bound_s),
+        _oldest_of(model, _held_adapter_of_oldest(model, owner, without)),
+        _oldest(model, others, ~_held_by_a_replica()),
+        _oldest(model, others, _queued.c.created_at <= now() - patience_s),
     )
 
 
@@ -65,9 +137,11 @@ def announce(
         connection.execute(insert(warm), [{"owner": owner, "adapter": adapter} for adapter in new])
 
 
-def hold(connection: Connection, insert: Insert, owner: str, adapter: str) -> None:
-    """Record that the replica, which has announced itself, is about to hold one more adapter."""
-    connection.execute(insert(warm).values(owner=owner, adapter=adapter).on_conflict_do_nothing())
+def hold(connection: Connection, insert: Insert, owner: str, adapters: Collection[str]) -> None:
+    """Record that the replica, which has announced itself, is about to hold these adapters as well."""
+    rows = [{"owner": owner, "adapter": adapter} for adapter in adapters]
+    if rows:
+        connection.execute(insert(warm).values(rows).on_conflict_do_nothing())
 
 
 def baggage(connection: Connection, job_id: str) -> tuple[str | None, frozenset[int]]:
@@ -87,8 +161,8 @@ def _ready(table: FromClause, model: str) -> ColumnElement[bool]:
     return and_(table.c.state == JobState.IN_QUEUE, table.c.model == model, table.c.not_before <= now())
 
 
-def _oldest(model: str, condition: ColumnElement[bool]) -> ColumnElement[int]:
-    return _first(select(_queued.c.seq).where(_ready(_queued, model), condition), _queued.c.created_at)
+def _oldest(model: str, *conditions: ColumnElement[bool]) -> ColumnElement[int]:
+    return _first(select(_queued.c.seq).where(_ready(_queued, model), *conditions), _queued.c.created_at)
 
 
 def _oldest_of(model: str, adapter: ColumnElement[str]) -> ColumnElement[int]:
@@ -111,8 +185,8 @@ def _first(ready: Select[Any], *order: ColumnElement[Any]) -> ColumnElement[int]
     return first.with_for_update(skip_locked=True).scalar_subquery()
 
 
-def _held_adapter_of_oldest(model: str, owner: str) -> ColumnElement[str]:
-    """Of the adapters that `owner` holds, the one whose first job in the queue is the oldest.
+def _held_adapter_of_oldest(model: str, owner: str, without: frozenset[str]) -> ColumnElement[str]:
+    """Of the adapters that `owner` holds, those `without` left out, the one whose first job is the oldest.
 
     One probe of the index for each adapter held: an IN list would sort all their jobs.
     """
@@ -120,7 +194,8 @@ def _held_adapter_of_oldest(model: str, owner: str) -> ColumnElement[str]:
     ready = and_(_ready(head, model), _is(head.c.adapter, warm.c.adapter))
     first = select(head.c.created_at).where(ready).order_by(head.c.adapter, head.c.created_at).limit(1)
     since = first.correlate(warm).scalar_subquery()
-    held = select(warm.c.adapter).where(warm.c.owner == owner).order_by(since.nulls_last()).limit(1)
+    mine = and_(warm.c.owner == owner, warm.c.adapter.not_in(without) if without else true())
+    held = select(warm.c.adapter).where(mine).order_by(since.nulls_last()).limit(1)
     # A common table: it is named twice and has to be evaluated once.
     return select(held.cte("held").c.adapter).scalar_subquery()
 

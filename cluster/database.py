@@ -41,6 +41,10 @@ class Watch(Protocol):
         """
         ...
 
+    def wake(self) -> None:
+        """Let the thread that waits, or the next one, return True: something else has changed."""
+        ...
+
     def close(self) -> None:
         """End the watch; a thread that waits returns False."""
         ...

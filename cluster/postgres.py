@@ -256,15 +256,26 @@ class PostgresWatch:
     def __init__(self, feed: _Feed) -> None:
         self._feed = feed
         self._seen = feed.count
+        self._woken = False
         self._closed = False
 
     def wait(self, timeout: float) -> bool:
         """Block up to `timeout` seconds; True as soon as a job was queued or has ended since the last."""
         with self._feed.news:
-            self._feed.news.wait_for(lambda: self._closed or self._feed.count != self._seen, timeout)
-            changed = not self._closed and self._feed.count != self._seen
-            self._seen = self._feed.count
+            self._feed.news.wait_for(lambda: self._closed or self._changed, timeout)
+            changed = not self._closed and self._changed
+            self._seen, self._woken = self._feed.count, False
         return changed
+
+    @property
+    def _changed(self) -> bool:
+        return self._woken or self._feed.count != self._seen
+
+    def wake(self) -> None:
+        """Let the thread that waits, or the next one, return True."""
+        with self._feed.news:
+            self._woken = True
+            self._feed.news.notify_all()
 
     def close(self) -> None:
         """End the watch; a thread that waits returns False."""

@@ -164,6 +164,12 @@ class JobQueue:
         with self._database.read() as connection:
             return set(job_ids).difference(connection.scalars(live))
 
+    def queued(self, job_ids: Collection[str]) -> set[str]:
+        """Return which of the jobs still wait to be claimed."""
+        waiting = select(jobs.c.id).where(jobs.c.id.in_(job_ids), jobs.c.state == JobState.IN_QUEUE)
+        with self._database.read() as connection:
+            return set(connection.scalars(waiting))
+
     def cancel(self, job_id: str) -> tuple[Job, bool] | None:
         """Cancel a queued job, or ask the worker of a running one to stop; None if the id is unknown.
 
@@ -186,13 +192,19 @@ class JobQueue:
             connection.execute(delete(workers).where(workers.c.owner == owner))
 
     def claim(
-        self, model: str, owner: str, *, warm: Collection[str] = (), patience_s: float = 1.0
+        self,
+        model: str,
+        owner: str,
+        *,
+        warm: Collection[str] = (),
+        patience_s: float = 1.0,
+        offer: claims.Offer = claims.take_any,
     ) -> Claim | None:
         """Take the next job for a replica that holds the adapters `warm`; None if there is none for it now.
 
-        The order is that of `claims.next_job`. A claim also announces the replica, with `warm` and the
-        adapter of the job. A job may become claimable by time alone, after back-off or patience, which no
-        watch reports.
+        The order is that of `claims.next_job`; `offer` may pass jobs over. A claim also announces the
+        replica, with `warm`, the adapter of the job, and those that `offer` says are on their way. A job may
+        become claimable by time alone, after back-off or patience, which no watch reports.
         """
         with self._database.read() as connection:
             # Idle replicas look often: they must not queue for the write lock.
@@ -200,22 +212,22 @@ class JobQueue:
                 return None
         with self._database.write() as connection:
             claims.announce(connection, self._database.insert, owner, model, warm)
-            job = self._take(connection, model, owner, patience_s)
-            if job is None:
+            order = {"age_bound_s": self._age_bound_s, "patience_s": patience_s}
+            chosen, coming = claims.choose(connection, model, owner, offer, **order)
+            if chosen is None and coming <= set(warm):
                 # Nothing is committed, so that nobody wakes who would look in vain and wake others.
                 connection.rollback()
                 return None
-            claims.hold(connection, self._database.insert, owner, job.adapter)
-            secret, done = claims.baggage(connection, job.id)
-        return Claim(job=job, owner=owner, epoch=job.epoch, done=done, secret=secret)
+            claims.hold(connection, self._database.insert, owner, coming)
+            return None if chosen is None else self._take(connection, owner, chosen)
 
-    def _take(self, connection: Connection, model: str, owner: str, patience_s: float) -> Job | None:
-        chosen = claims.next_job(model, owner, age_bound_s=self._age_bound_s, patience_s=patience_s)
-        taken = move(
+    def _take(self, connection: Connection, owner: str, seq: int) -> Claim:
+        """Claim a job that this transaction has locked."""
+        (job,) = move(
             connection,
             JobState.IN_QUEUE,
             literal_state(JobState.IN_PROGRESS),
-            jobs.c.seq == chosen,
+            jobs.c.seq == seq,
             owner=owner,
             epoch=jobs.c.epoch + 1,
             attempts=jobs.c.attempts + 1,
@@ -223,7 +235,37 @@ class JobQueue:
             lease_until=now() + self._lease_s,
             deadline=now() + self._run_timeout_s,
         )
-        return taken[0] if taken else None
+        claims.hold(connection, self._database.insert, owner, [job.adapter])
+        secret, done = claims.baggage(connection, job.id)
+        return Claim(job=job, owner=owner, epoch=job.epoch, done=done, secret=secret)
+
+    def foresee(
+        self,
+        model: str,
+        owner: str,
+        *,
+        warm: Collection[str],
+        patience_s: float,
+        without: frozenset[str] = frozenset(),
+    ) -> tuple[Job, str | None] | None:
+        """Return what a busy replica would claim now: a job, left in the queue, and its secret.
+
+        None if there is none that has waited `patience_s`; until then it is for those that have nothing to
+        do. Jobs of the adapters `without` are passed over. The job's adapter counts as held from here on, so
+        that not every busy replica brings the same one.
+        """
+        with self._database.read() as connection:
+            if not connection.scalar(select(claims.anything_ready(model))):
+                return None
+        with self._database.write() as connection:
+            claims.announce(connection, self._database.insert, owner, model, warm)
+            order = {"age_bound_s": self._age_bound_s, "patience_s": patience_s}
+            foreseen = claims.foresee(connection, model, owner, without=without, **order)
+            if foreseen is None or foreseen[0].adapter in warm:
+                connection.rollback()
+            else:
+                claims.hold(connection, self._database.insert, owner, [foreseen[0].adapter])
+        return foreseen
 
     def heartbeat(self, claim: Claim, progress: Progress, *, renew: bool) -> Lease:
         """Write progress, renew the lease if asked to, and tell whether the run has to stop."""

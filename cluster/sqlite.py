@@ -140,6 +140,7 @@ class SqliteWatch:
 
     def __init__(self, file: Path) -> None:
         self._closed = threading.Event()
+        self._woken = threading.Event()
         self._lock = threading.Lock()
         with _reachable():
             self._connection = sqlite3.connect(file, timeout=0, check_same_thread=False)
@@ -151,7 +152,8 @@ class SqliteWatch:
         end = time.monotonic() + timeout
         while not self._closed.is_set():
             version = self._version()
-            if version != self._seen:
+            if version != self._seen or self._woken.is_set():
+                self._woken.clear()
                 self._seen = version
                 return True
             left = end - time.monotonic()
@@ -159,6 +161,10 @@ class SqliteWatch:
                 break
             self._closed.wait(min(POLL_S, left))
         return False
+
+    def wake(self) -> None:
+        """Let the thread that waits, or the next one, return True at its next look."""
+        self._woken.set()
 
     def close(self) -> None:
         """Close the connection; a thread that waits returns False."""

@@ -10,18 +10,21 @@ import threading
 import time
 from collections.abc import Collection
 from concurrent.futures import Future
+from contextlib import ExitStack
 
-from cluster.jobs import Claim, FailureCode, JobFailure, Phase, StoreUnavailable
+from cluster.claims import Answer, Offer, take_any
+from cluster.jobs import Claim, FailureCode, Job, JobFailure, Phase, StoreUnavailable
 from cluster.objects import ObjectStore
 from cluster.queue import JobQueue
-from cluster.secrets import open_secret
 from cluster.telemetry import redact
 from deployments.controls import Controls
 from deployments.engine import Engine
 from deployments.heartbeat import Heartbeat, end_process
 from deployments.loras.sources import Loras
+from deployments.patience import Patience
+from deployments.prefetch import Prefetcher
 from deployments.publish import Publisher
-from deployments.render import join_secrets
+from deployments.render import unseal
 from deployments.rendering import Report, render_job
 from deployments.running import Run, Stop, Stopped
 
@@ -29,9 +32,6 @@ logger = logging.getLogger(__name__)
 
 IDLE_POLL_S = 0.5
 """Longest sleep between two looks at the queue: jobs that become claimable by time alone change no table."""
-
-PATIENCE_S = 1.0
-"""How long a job waits for a replica that holds its LoRA before another takes it: about one LoRA load."""
 
 EXIT_POISONED = 17
 """Exit status of a worker whose device no longer answers."""
@@ -69,8 +69,12 @@ class ClaimLoop:
         self._runs: list[Run] = []
         self._known: dict[str, frozenset[str]] = {}
         self._draining = threading.Event()
+        self._watch = queue.watch()
+        self._patience = Patience()
+        self._prefetcher = Prefetcher(
+            loras, engine.prepare, foresee=self._foresee, queued=queue.queued, arrived=self._watch.wake
+        )
         self.loaded = threading.Event()
-        self.warm: frozenset[str] = frozenset()
         self._thread = threading.Thread(target=self._main, name="render", daemon=True)
 
     def start(self) -> None:
@@ -80,22 +84,28 @@ class ClaimLoop:
     def drain(self, patience_s: float) -> None:
         """Claim nothing more; give running jobs `patience_s` seconds, then release them to the queue."""
         self._draining.set()
+        self._prefetcher.close()
         self._thread.join(timeout=max(patience_s, 0.0))
         for run in list(self._runs):
             run.stop(Stop.RELEASED)
         self._thread.join()
 
+    @property
+    def warm(self) -> frozenset[str]:
+        """The LoRA sets that are here, or on their way: what other replicas should leave to this one."""
+        return self._prefetcher.held.union(self._known)
+
     def _main(self) -> None:
         try:
             self._load()
-            watch = self._queue.watch()
+            self._prefetcher.start()
             while not self._draining.is_set():
-                claim = self._claim(self.warm)
+                claim = self._claim(self.warm, self._offer)
                 if claim is None:
-                    watch.wait(IDLE_POLL_S)
+                    self._watch.wait(IDLE_POLL_S)
                 else:
                     self._perform(claim)
-            watch.close()
+            self._watch.close()
             self._publisher.close()
         except Exception:
             logger.exception("the claim loop of %s broke; ending", self._model)
@@ -117,12 +127,22 @@ class ClaimLoop:
                 self.loaded.set()
                 return
 
-    def _claim(self, warm: Collection[str]) -> Claim | None:
+    def _claim(self, warm: Collection[str], offer: Offer = take_any) -> Claim | None:
+        patience_s = self._patience.seconds
         try:
-            return self._queue.claim(self._model, self._owner, warm=warm, patience_s=PATIENCE_S)
+            return self._queue.claim(self._model, self._owner, warm=warm, patience_s=patience_s, offer=offer)
         except StoreUnavailable:
             logger.warning("the job table is away; %s waits", self._owner)
             return None
+
+    def _offer(self, job: Job, secret: str | None) -> Answer:
+        return self._prefetcher.offer(job, secret, patience_s=self._patience.seconds)
+
+    def _foresee(self, coming: frozenset[str]) -> tuple[Job, str | None] | None:
+        patience_s = self._patience.seconds
+        return self._queue.foresee(
+            self._model, self._owner, warm=self.warm, patience_s=patience_s, without=coming
+        )
 
     def _fail(self, claim: Claim, failure: JobFailure) -> None:
         run = self._begin(claim)
@@ -142,6 +162,7 @@ class ClaimLoop:
     def _perform(self, claim: Claim) -> None:
         run, report = self._begin(claim), Report()
         begun = time.monotonic()
+        self._prefetcher.rendering.set()
         try:
             self._render(run, report)
         except Stopped:
@@ -154,6 +175,7 @@ class ClaimLoop:
         # One job renders while one is published, never more: wait for the one before.
         if self._publishing is not None:
             self._publishing.result()
+        self._prefetcher.rendering.clear()
         result = {
             "inference_time": time.monotonic() - begun,
             "timings": report.timings,
@@ -162,20 +184,24 @@ class ClaimLoop:
         self._publishing = self._publisher.settle(run, result)
 
     def _render(self, run: Run, report: Report) -> None:
-        secrets = open_secret(run.claim.secret) if run.claim.secret else {}
-        rendered = render_job(
-            self._engine,
-            join_secrets(run.spec, secrets.get("queries", ())),
-            loras=self._loras,
-            controls=self._controls,
-            observer=run,
-            report=report,
-            skip=run.claim.done,
-            hf_token=secrets.get("hf_token"),
-        )
-        for item in rendered:
-            manifest = {"request_id": run.claim.job.id, "prompt_index": item.index, **item.manifest}
-            self._publisher.publish(run, item.index, item.media, manifest)
+        arrival = self._prefetcher.take(run.claim.job)
+        with arrival.leases if arrival else ExitStack():
+            if arrival:
+                report.timings["prefetch"] = arrival.seconds
+            spec, hf_token = unseal(run.spec, run.claim.secret)
+            rendered = render_job(
+                self._engine,
+                spec,
+                loras=arrival or self._loras,
+                controls=self._controls,
+                observer=run,
+                report=report,
+                skip=run.claim.done,
+                hf_token=hf_token,
+            )
+            for item in rendered:
+                manifest = {"request_id": run.claim.job.id, "prompt_index": item.index, **item.manifest}
+                self._publisher.publish(run, item.index, item.media, manifest)
         run.on_phase(Phase.PUBLISH)
 
     def _diagnose(self, run: Run) -> None:
@@ -192,7 +218,9 @@ class ClaimLoop:
 
     def _note_warm(self, run: Run, report: Report) -> None:
         """Update which LoRA sets are resident; the heartbeat tells the other replicas of the model."""
-        resident = self._engine.warm
-        known = self._known | {run.spec.adapter: report.adapters}
+        adapter, resident = run.spec.adapter, self._engine.warm
+        if adapter not in self._known and report.adapters and report.adapters <= resident:
+            parts = ("prefetch", "fetch", "adapters")
+            self._patience.note(sum(report.timings.get(part, 0.0) for part in parts))
+        known = self._known | {adapter: report.adapters}
         self._known = {key: hashes for key, hashes in known.items() if hashes and hashes <= resident}
-        self.warm = frozenset(self._known)

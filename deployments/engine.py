@@ -26,6 +26,8 @@ from deployments.catalog import HighResolution, ModelSpec, Part
 from deployments.checkpoints import Checkpoints, Located
 from deployments.classes import make_scheduler, named, pipeline_class, with_parts_of
 from deployments.loras.adapters import Adapters
+from deployments.loras.conversion import Converter, layers_of
+from deployments.loras.host import HostTier
 from deployments.loras.references import LoraFile, digest
 from deployments.media import Media
 from deployments.offload import OFFLOADS, place
@@ -35,15 +37,15 @@ from deployments.tiling import tiled_decode
 from deployments.videos import Sound
 
 ADAPTER_BYTES = 8 * 2**30
-"""Default room for resident adapters on the device: about 50 of rank 16 for FLUX.1 in bfloat16."""
+"""Default room for adapters on the device, and for those in host memory: about 50 of rank 16 for FLUX.1."""
 
 
 class Engine:
-    """One model's pipeline on one device. For one thread only.
+    """One model's pipeline on one device. For one thread only, but for `prepare` and `prepared`.
 
     `device` is "cpu" or "cuda"; `offload` (one of `OFFLOADS`) does nothing on the CPU; with `vae_tiling` what
-    is larger than a tile is decoded in tiles; `adapter_bytes` bounds the resident adapters, of which those in
-    use are never dropped.
+    is larger than a tile is decoded in tiles; `adapter_bytes` and `host_adapter_bytes` bound the adapters on
+    the device and those in host memory, of which those in use are never dropped.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Engine:
         offload: str = "none",
         vae_tiling: bool = False,
         adapter_bytes: int = ADAPTER_BYTES,
+        host_adapter_bytes: int = ADAPTER_BYTES,
     ) -> None:
         if offload not in OFFLOADS:
             raise ValueError(f"offload is {offload!r}; it must be one of {', '.join(OFFLOADS)}")
@@ -65,11 +68,13 @@ class Engine:
         self._offload = "none" if device == "cpu" else offload
         self._vae_tiling = vae_tiling
         self._adapter_bytes = adapter_bytes
+        self._host_adapter_bytes = host_adapter_bytes
         self._pipeline: Any = None
         self._image_pipeline: Any = None
         self._located: Located | None = None
         self._parts: dict[str, str] = {}
         self._upsampler: Any = None
+        self._host: HostTier | None = None
         self._adapters: Adapters | None = None
 
     def load(self) -> None:
@@ -100,7 +105,10 @@ class Engine:
                 place(self._image_pipeline, self._device, self._offload)
         for each in {self._pipeline, self._image_pipeline}:
             each.set_progress_bar_config(disable=True)
-        self._adapters = Adapters(pipeline, self._device, self._adapter_bytes, self.spec.experts)
+        layers = layers_of(pipeline)
+        convert = Converter(layers, self.spec.experts, pinned=self._device.type == "cuda")
+        self._host = HostTier(convert, self._host_adapter_bytes)
+        self._adapters = Adapters(layers, self._host, self._device, self._adapter_bytes)
 
     def use(self, loras: Sequence[tuple[LoraFile, float]]) -> list[str]:
         """Make exactly these adapters active with these multipliers; returns warnings of partial matches.
@@ -109,6 +117,27 @@ class Engine:
         away. What was active stays so then.
         """
         return self._loaded_adapters.activate(loras)
+
+    @contextmanager
+    def prepare(self, file: LoraFile) -> Iterator[None]:
+        """Bring the adapter of a file to host memory, where it stays at least until the block ends.
+
+        From there it goes on to a GPU that has room for it; one on the device is left there. For other
+        threads than the one that renders: a `use` of the same file meanwhile waits for this one instead of
+        reading it too. Raises `JobFailure` as `use`; `RuntimeError` before `load`.
+        """
+        if self._host is None:
+            raise RuntimeError("the engine is not loaded")
+        if self._loaded_adapters.holds(file):
+            yield
+            return
+        with self._host.use(file) as packed, self._loaded_adapters.staged(file, packed):
+            yield
+
+    @property
+    def prepared(self) -> frozenset[str]:
+        """The sha256 of each adapter in host memory; from any thread."""
+        return self._host.hashes if self._host else frozenset()
 
     def render(self, prompt: PromptSpec, controls: Sequence[Image.Image], observer: Observer) -> Media:
         """Render one prompt with the active adapters. Models without control images ignore `controls`.
@@ -133,11 +162,11 @@ class Engine:
 
     @property
     def warm(self) -> frozenset[str]:
-        """The sha256 of each resident adapter."""
+        """The sha256 of each adapter on the device."""
         return self._adapters.resident if self._adapters else frozenset()
 
     def drop_adapters(self) -> None:
-        """Forget every adapter, active ones too, and give their memory back to the device."""
+        """Forget every adapter on the device, active ones too, and give it its memory back."""
         self._loaded_adapters.drop()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

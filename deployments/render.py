@@ -8,6 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from cluster.secrets import open_secret
+
 ImageFormat = Literal["jpeg", "png", "webp"]
 
 VideoFormat = Literal["webp", "mp4"]
@@ -107,6 +109,15 @@ def join_secrets(spec: RenderSpec, queries: Sequence[str]) -> RenderSpec:
     """Put back what `split_secrets` took out."""
     rest = iter(queries)
     return _change_references(spec, lambda reference: reference + next(rest, ""))
+
+
+def unseal(spec: RenderSpec, secret: str | None) -> tuple[RenderSpec, str | None]:
+    """Return a job as it was submitted, queries included, and its hub token.
+
+    `secret` is that of the job's row. Raises `JobFailure` (SECRET_UNREADABLE).
+    """
+    secrets = open_secret(secret) if secret else {}
+    return join_secrets(spec, secrets.get("queries", ())), secrets.get("hf_token")
 
 
 def _change_references(spec: RenderSpec, change: Callable[[str], str]) -> RenderSpec:

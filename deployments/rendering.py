@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -20,7 +20,7 @@ from cluster.jobs import FailureCode, JobFailure, Phase
 from deployments.controls import Controls
 from deployments.engine import Engine
 from deployments.loras.references import LoraFile
-from deployments.loras.sources import Loras
+from deployments.loras.sources import Tick
 from deployments.media import Media
 from deployments.progress import Observer
 from deployments.render import LoraSpec, PromptSpec, RenderSpec, bare
@@ -29,6 +29,14 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _Weighted: TypeAlias = list[tuple[LoraFile, LoraSpec]]
+
+
+class LoraOpener(Protocol):
+    """Where a job's LoRAs come from: `Loras`, or what was brought for the job."""
+
+    def open(self, lora: LoraSpec, *, tick: Tick, token: str | None) -> AbstractContextManager[LoraFile]:
+        """As `Loras.open`."""
+        ...
 
 
 class JobObserver(Observer, Protocol):
@@ -74,7 +82,7 @@ def render_job(
     engine: Engine,
     spec: RenderSpec,
     *,
-    loras: Loras,
+    loras: LoraOpener,
     controls: Controls,
     observer: JobObserver,
     report: Report,

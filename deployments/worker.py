@@ -50,6 +50,7 @@ class WorkerConfig(BaseModel):
     inference_timeout_s: float
     lease_s: float
     adapter_bytes: int
+    host_adapter_bytes: int
 
 
 class Worker:
@@ -84,6 +85,7 @@ class Worker:
             offload=config.offload,
             vae_tiling=model in config.vae_tiling,
             adapter_bytes=config.adapter_bytes,
+            host_adapter_bytes=config.host_adapter_bytes,
         )
         fetcher = Fetcher(parse_hosts(config.fetch_hosts))
         loras = Loras(

@@ -90,6 +90,7 @@ def models(args: ModelsArgs) -> Application:
         inference_timeout_s=args.inference_timeout_s,
         lease_s=args.lease_s,
         adapter_bytes=args.adapter_bytes,
+        host_adapter_bytes=args.host_adapter_bytes,
     )
     actor: dict[str, Any] = {"num_gpus": 1, "num_cpus": 1} if device == "cuda" else {"num_cpus": WORKER_CPU}
     worker: Any = serve.deployment(Worker)

@@ -125,3 +125,4 @@ class ModelsArgs(Settings):
     models: Annotated[tuple[str, ...], AfterValidator(_are_models), Field(min_length=1)]
     lease_s: Annotated[float, Field(gt=0)] = 30.0
     adapter_bytes: Annotated[int, Field(ge=0)] = 8 * 2**30
+    host_adapter_bytes: Annotated[int, Field(ge=0)] = 8 * 2**30

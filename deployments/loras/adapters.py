@@ -1,237 +1,136 @@
-"""The LoRA adapters on one pipeline: which are resident, and which are active with what multiplier.
+"""The LoRA adapters on one pipeline: which are on the device, and which are active with what multiplier.
 
 An adapter never touches the model's weights or module tree, as peft's wrappers would. Each layer that some
-adapter changes gets one forward hook, once, which adds the active adapters' deltas to the layer's output.
-So a switch is a new list per layer, a multiplier holds for one job only, several adapters add up, LoRA and
-LoKr meet on one layer, a failed load leaves nothing behind, and offload hooks stay in place. The arithmetic
-is peft's own: `base(x) + up(down(x)) * scale`.
+adapter changes gets one forward hook, once, which adds the active adapters' deltas to the layer's output. The
+hooks look into one place: a switch is one assignment there, whatever the number of layers. So a multiplier
+holds for one job only, several adapters add up, LoRA and LoKr meet on one layer, a failed load leaves nothing
+behind, and offload hooks stay in place. The arithmetic is peft's own: `base(x) + up(down(x)) * scale`.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, defaultdict
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, TypeAlias
+from functools import partial
+from typing import TypeAlias
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
-from cluster.jobs import FailureCode, JobFailure
-from deployments.loras.by_head import sort_by_projection
-from deployments.loras.deltas import Delta, Layer, build
-from deployments.loras.dialects import group
-from deployments.loras.header import read_header, shorten, unsupported
-from deployments.loras.modules import Contents, Module, judge
-from deployments.loras.references import LoraFile, digest
-from deployments.loras.targets import Layout, Shape, Target, Targets
+from cluster.metrics import Meter
+from deployments.loras.deltas import Delta, Layer
+from deployments.loras.host import HostTier
+from deployments.loras.packed import LayerName, Packed
+from deployments.loras.references import LoraFile
+from deployments.loras.staging import Staging
+from deployments.loras.tiers import Key, Tier, key_of
 
-_EXAMPLES = 3
-
-_Key: TypeAlias = tuple[str, str | None]
-"""A file's sha256, and the expert that it is for."""
+Active: TypeAlias = tuple[Mapping[LayerName, Delta], float]
+"""The deltas of an adapter, and its multiplier."""
 
 
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """A resident LoRA: its delta for each layer it changes, its size on the device, what did not match."""
-
-    deltas: Mapping[Layer, Delta]
-    bytes: int
-    warning: str | None
-
-
-class _Slot:
-    """The forward hook of one layer; with no active parts it changes nothing."""
-
-    __slots__ = ("parts",)
+class _Switch:
+    """What the hooks of all layers add; with no active adapters that is nothing."""
 
     def __init__(self) -> None:
-        self.parts: list[tuple[Delta, float]] = []
+        self.active: Sequence[Active] = ()
+        self.in_file_dtype = False
 
-    def __call__(self, layer: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        for delta, factor in self.parts:
-            output = output + (delta(layer, inputs[0]) * factor).to(output.dtype)
+    def hook(self, name: LayerName, layer: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Add the active deltas for the layer of this name to its output."""
+        for deltas, multiplier in self.active:
+            if delta := deltas.get(name):
+                added = delta(layer, inputs[0], in_file_dtype=self.in_file_dtype)
+                output = output + (added * (multiplier * delta.scale)).to(output.dtype)
         return output
 
 
 class Adapters:
-    """Adapters of one pipeline by the sha256 of their file and the expert that it is for.
+    """The adapters of one pipeline's `layers` on its device, brought there from `host`.
 
-    `experts` are the components by their names in requests, where a pipeline has two transformers. `budget`
-    bounds the adapters' bytes: the least recently used go.
+    `budget` bounds their bytes on the device: the least recently used go, never an active one. For one
+    thread only, but for `holds` and `staged`.
     """
 
     def __init__(
-        self,
-        pipeline: Any,  # noqa: ANN401 - any pipeline
-        device: torch.device,
-        budget: int,
-        experts: Mapping[str, str] = MappingProxyType({}),
+        self, layers: Mapping[LayerName, Layer], host: HostTier, device: torch.device, budget: int
     ) -> None:
+        self._layers = layers
+        self._host = host
         self._device = device
-        self._budget = budget
-        self._experts = experts
-        self._layers = _layers_of(pipeline)
-        self._targets = Targets(_layout(self._layers))
-        self._resident: OrderedDict[_Key, Adapter] = OrderedDict()
-        self._slots: dict[Layer, _Slot] = {}
-        self._active: Sequence[tuple[LoraFile, float]] = ()
+        self.meter = Meter("device")
+        self._tier = Tier(budget, self.meter)
+        self._staging = Staging(device)
+        self._hooked: set[LayerName] = set()
+        self._switch = _Switch()
+        self._in_use: frozenset[Key] = frozenset()
 
     @property
     def resident(self) -> frozenset[str]:
-        """The sha256 of each resident adapter."""
-        return frozenset(sha256 for sha256, _ in self._resident)
+        """The sha256 of each adapter on the device."""
+        return self._tier.hashes
 
     def activate(self, wanted: Sequence[tuple[LoraFile, float]]) -> list[str]:
         """Make exactly these adapters active, each with its multiplier; returns warnings.
 
-        A resident adapter is taken as it is, without looking at its file. Raises `JobFailure`
+        An adapter on the device is taken as it is, without looking at its file. Raises `JobFailure`
         (LORA_FORMAT_NOT_SUPPORTED, LORA_NO_MATCH, LORA_NOT_FOUND), and what was active stays so.
         """
-        in_use = dict.fromkeys(_key(file) for file, _ in wanted)
-        for file, _ in wanted:
-            if _key(file) not in self._resident:
-                self._resident[_key(file)] = self._load(file, in_use)
-            self._resident.move_to_end(_key(file))
-        for slot in self._slots.values():
-            slot.parts = []
-        for file, multiplier in wanted:
-            for layer, delta in self._resident[_key(file)].deltas.items():
-                self._slot(layer).parts.append((delta, multiplier * delta.scale))
-        self._active = tuple(wanted)
-        self._make_room(0, in_use)
-        return [warning for key in in_use if (warning := self._resident[key].warning)]
+        in_use = dict.fromkeys(key_of(file) for file, _ in wanted)
+        packed = {key_of(file): self._bring(file, in_use) for file, _ in wanted}
+        self._switch.active = [(packed[key_of(file)].deltas, multiplier) for file, multiplier in wanted]
+        self._in_use = frozenset(in_use)
+        self._tier.make_room(0, self._in_use)
+        return [each.warning for each in packed.values() if each.warning]
+
+    def holds(self, file: LoraFile) -> bool:
+        """Whether the adapter of a file is on the device now; any thread may ask."""
+        return key_of(file) in self._tier
+
+    @contextmanager
+    def staged(self, file: LoraFile, packed: Packed) -> Iterator[None]:
+        """Begin to copy an adapter to the device if there is room beside those there; any thread may.
+
+        If it is not activated before the block ends, the copy is dropped.
+        """
+        with self._staging.hold(key_of(file), packed, self._tier.room):
+            yield
 
     def form_products(self, *, in_file_dtype: bool) -> None:
         """Let the active LoRAs round their products to their file's dtype, or not."""
-        for slot in self._slots.values():
-            slot.parts = [(delta.formed(in_file_dtype=in_file_dtype), factor) for delta, factor in slot.parts]
+        self._switch.in_file_dtype = in_file_dtype
 
     @contextmanager
     def joined_by(self, file: LoraFile, multiplier: float) -> Iterator[None]:
         """Make one more adapter active beside those that are, for a while. Raises as `activate`."""
-        active = self._active
-        self.activate([*active, (file, multiplier)])
+        active = self._switch.active
+        joining = self._bring(file, {*self._in_use, key_of(file)})
+        self._switch.active = [*active, (joining.deltas, multiplier)]
         try:
             yield
         finally:
-            self.activate(active)
+            self._switch.active = active
+            self._tier.make_room(0, self._in_use)
 
     def drop(self) -> None:
-        """Deactivate and forget every adapter."""
-        self._active = ()
-        self._resident.clear()
-        for slot in self._slots.values():
-            slot.parts = []
+        """Deactivate every adapter and forget it on the device."""
+        self._switch.active = ()
+        self._in_use = frozenset()
+        self._staging.clear()
+        self._tier.clear()
 
-    def _slot(self, layer: Layer) -> _Slot:
-        if layer not in self._slots:
-            self._slots[layer] = _Slot()
-            layer.register_forward_hook(self._slots[layer])
-        return self._slots[layer]
-
-    def _load(self, file: LoraFile, in_use: Collection[_Key]) -> Adapter:
-        contents, tensors = _read(file)
-        expert = self._experts[file.expert] if file.expert else None
-        targets = {stem: self._targets.find(stem, expert) for stem in contents.modules}
-        deltas: dict[Layer, Delta] = {}
-        for stem, parts in group(tensors).items():
-            target, module = targets[stem], contents.modules[stem]
-            layers = [self._layers[target.component, path] for path in target.layers]
-            if not layers:
-                continue
-            if not deltas.keys().isdisjoint(layers):
-                raise unsupported(f"names a layer twice, at {shorten(stem)}")
-            shapes = [tuple(layer.weight.shape) for layer in layers]
-            if not module.fits(shapes):
-                raise JobFailure(FailureCode.LORA_NO_MATCH, _misfit(stem, module, shapes))
-            delta = build(module, parts)
-            pieces = (delta.swap() if target.swapped else delta).split([shape[0] for shape in shapes])
-            for layer, piece in zip(layers, pieces, strict=True):
-                deltas[layer] = piece.to(torch.device("cpu"), layer.weight.dtype)
-        if not deltas:
-            message = f"The LoRA matches no layer of the model: {_some(targets)}."
-            raise JobFailure(FailureCode.LORA_NO_MATCH, message)
-        weights = [tensor for delta in deltas.values() for tensor in delta.tensors]
-        if not all(tensor.isfinite().all() for tensor in weights):
-            raise unsupported("has weights that are infinite or no numbers")
-        size = sum(tensor.nbytes for tensor in weights)
-        self._make_room(size, in_use)
-        placed = {layer: delta.to(self._device, layer.weight.dtype) for layer, delta in deltas.items()}
-        return Adapter(placed, size, _warning(targets))
-
-    def _make_room(self, size: int, in_use: Collection[_Key]) -> None:
-        """Drop least recently used adapters until `size` bytes fit into the budget; never one in use."""
-        held = sum(adapter.bytes for adapter in self._resident.values())
-        for key in [key for key in self._resident if key not in in_use]:
-            if held + size <= self._budget:
-                break
-            held -= self._resident.pop(key).bytes
-
-
-def _key(file: LoraFile) -> _Key:
-    return file.sha256, file.expert
-
-
-def _read(file: LoraFile) -> tuple[Contents, dict[str, Tensor]]:
-    try:
-        contents = judge(read_header(file.path))
-        tensors = load(file.path.read_bytes())
-        if digest(file.path) != file.sha256:
-            message = "The LoRA file changed while it was read."
-            raise JobFailure(FailureCode.LORA_NOT_FOUND, message, retry=True)
-    except OSError as error:
-        raise JobFailure(FailureCode.LORA_NOT_FOUND, "The LoRA file cannot be read.") from error
-    except SafetensorError as error:
-        raise unsupported("is not valid safetensors") from error
-    return contents, sort_by_projection(tensors)
-
-
-def _layers_of(pipeline: Any) -> dict[tuple[str, str], Layer]:  # noqa: ANN401 - any pipeline
-    """Return the linear and convolution layers by component and path."""
-    return {
-        (name, path): layer
-        for name, model in pipeline.components.items()
-        if isinstance(model, torch.nn.Module)
-        for path, layer in model.named_modules()
-        if isinstance(layer, Layer)
-    }
-
-
-def _layout(layers: Mapping[tuple[str, str], Layer]) -> Layout:
-    layout: defaultdict[str, dict[str, Shape]] = defaultdict(dict)
-    for (component, path), layer in layers.items():
-        layout[component][path] = tuple(layer.weight.shape)
-    return layout
-
-
-def _misfit(stem: str, module: Module, shapes: Sequence[Shape]) -> str:
-    weights = " and ".join(str(list(shape)) for shape in shapes)
-    return (
-        f"The LoRA is for another model: its module {shorten(stem)} is for weights of shape"
-        f" {[module.out, *module.inputs]}, the model's are {weights}."
-    )
-
-
-def _warning(targets: Mapping[str, Target]) -> str | None:
-    """Say how many modules of the file match no layer, by component, with a few of their names."""
-    total = Counter(target.component for target in targets.values())
-    unmatched = {
-        stem: target.component
-        for stem, target in targets.items()
-        if not target.layers and not target.without_effect
-    }
-    if not unmatched:
-        return None
-    counts = [f"{count} of {total[name]} of {name}" for name, count in Counter(unmatched.values()).items()]
-    return f"Modules of the LoRA that match no layer were left out ({', '.join(counts)}): {_some(unmatched)}."
-
-
-def _some(stems: Collection[str]) -> str:
-    shown = ", ".join(shorten(stem) for stem in list(stems)[:_EXAMPLES])
-    return f"{shown} and {len(stems) - _EXAMPLES} more" if len(stems) > _EXAMPLES else shown
+    def _bring(self, file: LoraFile, in_use: Collection[Key]) -> Packed:
+        """Return an adapter on the device, copied there if it was not."""
+        if resident := self._tier.find(key_of(file)):
+            return resident
+        with self._host.use(file) as packed:
+            self._tier.make_room(packed.bytes, in_use)
+            started = time.perf_counter()
+            resident = self._staging.take(key_of(file)) or packed.copy(self._device)
+            self._host.meter.read(packed.buffer.nbytes, time.perf_counter() - started)
+        self._tier.add(key_of(file), resident)
+        for name in resident.deltas.keys() - self._hooked:
+            self._layers[name].register_forward_hook(partial(self._switch.hook, name))
+            self._hooked.add(name)
+        return resident

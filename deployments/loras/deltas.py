@@ -32,8 +32,8 @@ class Delta(Protocol):
         """The weights."""
         ...
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Delta:
-        """Return a copy on a device, in a dtype."""
+    def replaced(self, tensors: Sequence[Tensor]) -> Delta:
+        """Return it with other weights, in the order of `tensors` and of the same shapes."""
         ...
 
     def split(self, sizes: Sequence[int]) -> Sequence[Delta]:
@@ -44,12 +44,12 @@ class Delta(Protocol):
         """Exchange the two halves of the output."""
         ...
 
-    def formed(self, *, in_file_dtype: bool) -> Delta:
-        """Return it as a merge by hand forms it, in the dtype of the file, or exact."""
-        ...
+    def __call__(self, layer: Layer, x: Tensor, *, in_file_dtype: bool = False) -> Tensor:
+        """Return the unscaled addition for the layer's input `x`, in the dtype of the weights.
 
-    def __call__(self, layer: Layer, x: Tensor) -> Tensor:
-        """Return the unscaled addition for the layer's input `x`, in the dtype of the weights."""
+        With `in_file_dtype` the product of two matrices is formed as a merge by hand forms it, in the dtype
+        of the file.
+        """
         ...
 
 
@@ -57,23 +57,23 @@ class Delta(Protocol):
 class LowRank:
     """`up @ down`: down [rank, in], up [out, rank]; for convolutions [rank, in, h, w], [out, rank, 1, 1].
 
-    Formed in the file's dtype, the product for a linear layer is rounded to that, as a merge would do it.
+    The product for a linear layer, formed in the file's dtype, is rounded to that, as a merge would do it.
     """
 
     down: Tensor
     up: Tensor
     scale: float
     file_dtype: torch.dtype
-    in_file_dtype: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The weights."""
         return self.down, self.up
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> LowRank:
-        """Return a copy on a device, in a dtype."""
-        return replace(self, down=self.down.to(device, dtype), up=self.up.to(device, dtype))
+    def replaced(self, tensors: Sequence[Tensor]) -> LowRank:
+        """Return it with other weights, in the order of `tensors` and of the same shapes."""
+        down, up = tensors
+        return LowRank(down, up, self.scale, self.file_dtype)
 
     def split(self, sizes: Sequence[int]) -> Sequence[LowRank]:
         """Cut the output into one delta for each of `sizes`, which add up to its own size."""
@@ -83,18 +83,14 @@ class LowRank:
         """Exchange the two halves of the output."""
         return replace(self, up=self.up.roll(self.up.shape[0] // 2, 0))
 
-    def formed(self, *, in_file_dtype: bool) -> LowRank:
-        """Return it as a merge by hand forms it, in the dtype of the file, or exact."""
-        return replace(self, in_file_dtype=in_file_dtype)
-
-    def __call__(self, layer: Layer, x: Tensor) -> Tensor:
+    def __call__(self, layer: Layer, x: Tensor, *, in_file_dtype: bool = False) -> Tensor:
         """Return the unscaled addition for the layer's input `x`, in the dtype of the weights."""
         x = x.to(self.down.dtype)
         if isinstance(layer, torch.nn.Conv2d):
             inner = functional.conv2d(x, self.down, None, layer.stride, layer.padding, layer.dilation)
             return functional.conv2d(inner, self.up)
         # In a dtype no wider than the file's, the product has that precision anyhow.
-        if self.in_file_dtype and self.file_dtype.itemsize < x.dtype.itemsize:
+        if in_file_dtype and self.file_dtype.itemsize < x.dtype.itemsize:
             product = self.up.to(self.file_dtype) @ self.down.to(self.file_dtype)
             return functional.linear(x, product.to(x.dtype))
         return functional.linear(functional.linear(x, self.down), self.up)
@@ -118,9 +114,10 @@ class Kronecker:
         """The weights."""
         return self.w1, self.w2
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Kronecker:
-        """Return a copy on a device, in a dtype."""
-        return replace(self, w1=self.w1.to(device, dtype), w2=self.w2.to(device, dtype))
+    def replaced(self, tensors: Sequence[Tensor]) -> Kronecker:
+        """Return it with other weights, in the order of `tensors` and of the same shapes."""
+        w1, w2 = tensors
+        return Kronecker(w1, w2, self.scale, self.start, self.stop)
 
     def split(self, sizes: Sequence[int]) -> Sequence[Kronecker]:
         """Cut the output into one delta for each of `sizes`, which add up to its own size."""
@@ -138,13 +135,10 @@ class Kronecker:
             raise unsupported("has LoKr factors that cannot be divided between shift and scale")
         return replace(self, w1=self.w1.roll(self.w1.shape[0] // 2, 0))
 
-    def formed(self, *, in_file_dtype: bool) -> Kronecker:
-        """Return it as it is: nobody merges these by hand."""
-        return self
-
-    def __call__(self, layer: Layer, x: Tensor) -> Tensor:
+    def __call__(self, layer: Layer, x: Tensor, *, in_file_dtype: bool = False) -> Tensor:
         """Return the unscaled addition for the layer's input `x`, in the dtype of the weights.
 
+        Nobody merges these by hand, so there is no product that the file's dtype would round.
         `kron(w1, w2) @ vec(X) = vec(w1 @ X @ w2.T)` with X [i1, i2], without the product ever being built.
         """
         blocks = x.to(self.w1.dtype).unflatten(-1, (self.w1.shape[1], self.w2.shape[1]))

@@ -7,6 +7,7 @@ job. The source is asked each time whether its file is still the one that is her
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from functools import cached_property, partial
@@ -18,6 +19,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from huggingface_hub import constants, get_token
 
 from cluster.jobs import FailureCode, JobFailure
+from cluster.metrics import Meter
 from cluster.net import Fetched, Fetcher, fault_of
 from cluster.pace import FetchError, FetchFault, copy, too_large
 from cluster.s3 import new_client
@@ -84,6 +86,7 @@ class Loras:
         self._buckets = buckets
         self._max_bytes = max_bytes
         self._hub = hub
+        self._origin = Meter("origin")
 
     @contextmanager
     def open(
@@ -104,6 +107,19 @@ class Loras:
         finally:
             if lease:
                 lease.close()
+
+    def at_hand(self, lora: LoraSpec) -> bool:
+        """Whether `open` has nobody to ask: the file is below the root, or here by its sha256."""
+        try:
+            remote = parse(lora.path)
+        except LoraReferenceError:
+            return True
+        if remote is None:
+            return True
+        lease = self._store.find(lora.sha256) if lora.sha256 else None
+        if lease:
+            lease.close()
+        return lease is not None
 
     def peek(self, remote: RemoteFile, token: str | None = None) -> Header:
         """Return the header of a LoRA from elsewhere; its weights are not fetched. Raises as `open`."""
@@ -131,7 +147,7 @@ class Loras:
 
     def _obtain(self, remote: RemoteFile, expected: str | None, tick: Tick, token: str | None) -> Lease:
         check(remote, self._fetcher.hosts, self._buckets)
-        if expected and (lease := self._store.find(expected)):
+        if expected and (lease := self._stored(expected)):
             return lease
         with self._store.flight(remote.text, tick):
             if isinstance(remote, HubFile):
@@ -143,17 +159,27 @@ class Loras:
         """Return the file as it is at its source now; it is downloaded unless that version is here."""
         sha256, version = self._store.recall(remote.text) or (None, None)
         with self._store.incoming() as into:
+            started = time.perf_counter()
             fetched = fetch(into, version)
             if fetched is not None:
+                self._store.meter.looked_up(hit=False)
+                self._origin.read(fetched.bytes, time.perf_counter() - started)
                 into.flush()
                 _judge(Path(into.name))
                 lease = self._store.keep(into, fetched.sha256)
                 if fetched.etag:
                     self._store.remember(remote.text, fetched.sha256, fetched.etag)
                 return lease
-        lease = self._store.find(sha256) if sha256 else None
+        lease = self._stored(sha256) if sha256 else None
         if lease is None:
             raise FetchError(FetchFault.UNREACHABLE, "The node's copy was removed meanwhile.")
+        return lease
+
+    def _stored(self, sha256: str) -> Lease | None:
+        """Return the node's copy of this content, if there is one; a hit of the disk tier."""
+        lease = self._store.find(sha256)
+        if lease:
+            self._store.meter.looked_up(hit=True)
         return lease
 
     def _from_hub(self, remote: HubFile, expected: str | None, tick: Tick, token: str | None) -> Lease:
@@ -164,7 +190,7 @@ class Loras:
         sha256 = version if _SHA256.fullmatch(version) else None
         if sha256:
             _verify(sha256, expected)
-            if lease := self._store.find(sha256):
+            if lease := self._stored(sha256):
                 return lease
         url = self._hub_url(remote, headers.get("x-repo-commit") or remote.revision)
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from cluster.metrics import Meter
 from deployments.loras.references import SUFFIX, LoraFile
 
 _WAIT_S = 0.05
@@ -56,6 +57,7 @@ class LoraStore:
         self._locks = root / "locks"
         self._incoming = root / "incoming"
         self._budget = budget
+        self.meter = Meter("disk")
 
     def find(self, sha256: str) -> Lease | None:
         """Return the file of this content (hex, lower case), if it is here."""
@@ -119,7 +121,8 @@ class LoraStore:
         path = self._files / f"{sha256}{SUFFIX}"
         with self._alone():
             if not path.exists():
-                self._make_room(os.fstat(file.fileno()).st_size)
+                size = os.fstat(file.fileno()).st_size
+                self.meter.holds(self._make_room(size) + size)
                 fcntl.flock(file, fcntl.LOCK_SH)  # The downloader is a user like any other now.
                 Path(file.name).rename(path)
                 _sync(self._files)
@@ -134,18 +137,22 @@ class LoraStore:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _make_room(self, size: int) -> None:
-        """Evict files that are not in use, the least recently used first; remove what crashes left."""
+    def _make_room(self, size: int) -> int:
+        """Evict files that are not in use, the least recently used first; remove what crashes left.
+
+        Returns the bytes of the files that stay.
+        """
         for leftover in self._incoming.iterdir():
             _remove_unused(leftover)
         files = sorted((path.stat().st_atime_ns, path.stat().st_size, path) for path in self._files.iterdir())
         held = sum(file_size for _, file_size, _ in files)
         for _, file_size, path in files:
             if held + size <= self._budget:
-                return
+                break
             if _remove_unused(path):
                 held -= file_size
                 self._forget(path.stem)
+        return held
 
     def _forget(self, sha256: str) -> None:
         for entry in self._index.iterdir():

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -189,6 +190,46 @@ def test_a_lora_from_a_url_renders_as_the_local_one(worker: Worker, monkeypatch:
         ("LORA_UNREACHABLE", 3),
     ]
     assert worker.loop.warm == {":a.safetensors", f":{site.url('/x.safetensors')}"}
+
+
+def test_a_slow_download_holds_up_no_job_whose_lora_is_here(worker: Worker) -> None:
+    data, gate = (worker.loras / "b.safetensors").read_bytes(), threading.Event()
+
+    def page(request: BaseHTTPRequestHandler) -> None:
+        gate.wait(60)
+        answer(request, 200, data)
+
+    with serving_site() as site:
+        site.pages["/slow.safetensors"] = page
+        worker.hosts = (site.host,)
+        worker.start()
+        slow = worker.submit(site.url("/slow"))
+        wait_until(lambda: site.count("/slow.safetensors"), 60, "the download")
+        assert worker.ended(worker.submit("a")).state is JobState.SUCCEEDED
+        assert worker.job(slow).state is JobState.IN_QUEUE
+        gate.set()
+        job = worker.ended(slow)
+        assert (job.state, job.attempts) == (JobState.SUCCEEDED, 1)
+        assert site.count("/slow.safetensors") == 1
+
+
+def test_the_next_lora_comes_while_a_job_renders(worker: Worker) -> None:
+    with serving_site() as site:
+        site.file("/next.safetensors", (worker.loras / "b.safetensors").read_bytes())
+        worker.hosts = (site.host,)
+        worker.start()
+        running = worker.submit(**LONG)
+        worker.running(running)
+        following = worker.submit(site.url("/next"))
+        missing = worker.submit(site.url("/missing"))
+        wait_until(lambda: site.count("/next.safetensors"), 30, "the download")
+        assert worker.job(running).state is JobState.IN_PROGRESS
+        worker.queue.cancel(running)
+        job = worker.ended(following)
+        assert job.state is JobState.SUCCEEDED
+        assert job.result is not None and job.result["timings"]["prefetch"] > 0
+        assert worker.ended(missing).error_code == FailureCode.LORA_NOT_FOUND
+    assert [site.count(f"/{name}.safetensors") for name in ("next", "missing")] == [1, 1]
 
 
 def test_a_sealed_query_reaches_the_origin_and_nothing_else(

@@ -97,6 +97,9 @@ def test_an_unchanged_file_is_downloaded_once_and_a_changed_one_anew(
     assert "If-None-Match" in site.requests[-1][2]
     site.file("/a", lora(2))
     assert opened(loras, f"{url}?sig={SECRET}").sha256 == sha256(lora(2))
+    disk, origin = loras._store.meter, loras._origin
+    assert (disk.hits, disk.misses) == (1, 2)
+    assert origin.read_bytes == len(lora(1)) + len(lora(2)) and origin.read_seconds > 0
     # Another query may name another file: its version says nothing of this one.
     opened(loras, f"{url}?sig=other")
     assert "If-None-Match" not in site.requests[-1][2]
