@@ -50,6 +50,7 @@ class WorkerConfig(BaseModel):
     lease_s: float
     adapter_bytes: int
     host_adapter_bytes: int
+    fuse_after: dict[str, int]
 
 
 class Worker:
@@ -84,6 +85,7 @@ class Worker:
             offload=config.offload,
             adapter_bytes=config.adapter_bytes,
             host_adapter_bytes=config.host_adapter_bytes,
+            fuse_after=config.fuse_after.get(model),
         )
         fetcher = Fetcher(parse_hosts(config.fetch_hosts))
         loras = Loras(

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from cluster.urls import parse_hosts
@@ -118,9 +118,20 @@ class GatewayArgs(Settings):
 
 
 class ModelsArgs(Settings):
-    """Arguments of `build_models`: the ids of one application, and what each of their workers keeps to."""
+    """Arguments of `build_models`: the ids of one application, and what each of their workers keeps to.
+
+    `fuse_after` is by model id: after so many prompts in a row with the same LoRAs and multipliers, these are
+    fused with the weights.
+    """
 
     models: Annotated[tuple[str, ...], AfterValidator(_are_models), Field(min_length=1)]
     lease_s: Annotated[float, Field(gt=0)] = 30.0
     adapter_bytes: Annotated[int, Field(ge=0)] = 8 * 2**30
     host_adapter_bytes: Annotated[int, Field(ge=0)] = 8 * 2**30
+    fuse_after: Annotated[dict[str, Annotated[int, Field(ge=1)]], AfterValidator(_are_models)] = {}
+
+    @model_validator(mode="after")
+    def _fuse_what_stays(self) -> ModelsArgs:
+        if self.fuse_after and self.offload != "none":
+            raise ValueError("fuse_after needs weights that stay on the device: offload must be none")
+        return self

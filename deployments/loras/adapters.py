@@ -13,20 +13,17 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from cluster.metrics import Meter
-from deployments.loras.deltas import Delta, Layer
+from deployments.loras.deltas import Layer
+from deployments.loras.fusing import Active, Fuser
 from deployments.loras.host import HostTier
 from deployments.loras.packed import LayerName, Packed
 from deployments.loras.references import LoraFile
 from deployments.loras.tiers import Key, Tier, key_of
-
-Active: TypeAlias = tuple[Mapping[LayerName, Delta], float]
-"""The deltas of an adapter, and its multiplier."""
 
 
 class _Switch:
@@ -48,12 +45,18 @@ class _Switch:
 class Adapters:
     """The adapters of one pipeline's `layers` on its device, brought there from `host`.
 
-    `budget` bounds their bytes on the device: the least recently used go, never an active one. For one
-    thread only.
+    `budget` bounds their bytes on the device: the least recently used go, never an active one. After
+    `fuse_after` prompts in a row with the same ones active these are fused with the weights, if it is given.
+    For one thread only.
     """
 
     def __init__(
-        self, layers: Mapping[LayerName, Layer], host: HostTier, device: torch.device, budget: int
+        self,
+        layers: Mapping[LayerName, Layer],
+        host: HostTier,
+        device: torch.device,
+        budget: int,
+        fuse_after: int | None = None,
     ) -> None:
         self._layers = layers
         self._host = host
@@ -62,12 +65,21 @@ class Adapters:
         self._tier = Tier(budget, self.meter)
         self._hooked: set[LayerName] = set()
         self._switch = _Switch()
-        self._in_use: frozenset[Key] = frozenset()
+        self._wanted: list[tuple[Key, float]] = []
+        self._active: list[Active] = []
+        self._fuser = Fuser(layers)
+        self._fuse_after = fuse_after
+        self._prompts = 0
 
     @property
     def resident(self) -> frozenset[str]:
         """The sha256 of each adapter on the device."""
         return self._tier.hashes
+
+    @property
+    def fused(self) -> bool:
+        """Whether the active adapters are fused with the weights."""
+        return self._fuser.fused
 
     def activate(self, wanted: Sequence[tuple[LoraFile, float]]) -> list[str]:
         """Make exactly these adapters active, each with its multiplier; returns warnings.
@@ -75,34 +87,50 @@ class Adapters:
         An adapter on the device is taken as it is, without looking at its file. Raises `JobFailure`
         (LORA_FORMAT_NOT_SUPPORTED, LORA_NO_MATCH, LORA_NOT_FOUND), and what was active stays so.
         """
-        in_use = dict.fromkeys(key_of(file) for file, _ in wanted)
-        packed = {key_of(file): self._bring(file, in_use) for file, _ in wanted}
-        self._switch.active = [(packed[key_of(file)].deltas, multiplier) for file, multiplier in wanted]
-        self._in_use = frozenset(in_use)
-        self._tier.make_room(0, self._in_use)
+        keys = [key_of(file) for file, _ in wanted]
+        packed = {key: self._bring(file, keys) for key, (file, _) in zip(keys, wanted, strict=True)}
+        new = [(key_of(file), multiplier) for file, multiplier in wanted]
+        if new != self._wanted:
+            self._wanted = new
+            self._active = [(packed[key].deltas, multiplier) for key, multiplier in new]
+            self._separate()
+        self._tier.make_room(0, keys)
         return [each.warning for each in packed.values() if each.warning]
 
-    def form_products(self, *, in_file_dtype: bool) -> None:
-        """Let the active LoRAs round their products to their file's dtype, or not."""
-        self._switch.in_file_dtype = in_file_dtype
+    def begin_prompt(self, *, in_file_dtype: bool) -> None:
+        """Let the active LoRAs round products to their file's dtype, or not; fuse them if it is time."""
+        if in_file_dtype != self._switch.in_file_dtype:
+            self._switch.in_file_dtype = in_file_dtype
+            self._separate()
+        if self._fuse_after and self._prompts == self._fuse_after:
+            self._fuser.fuse(self._active, in_file_dtype=in_file_dtype)
+            self._switch.active = ()
+        self._prompts += 1
 
     @contextmanager
     def joined_by(self, file: LoraFile, multiplier: float) -> Iterator[None]:
         """Make one more adapter active beside those that are, for a while. Raises as `activate`."""
         active = self._switch.active
-        joining = self._bring(file, {*self._in_use, key_of(file)})
+        in_use = {key for key, _ in self._wanted}
+        joining = self._bring(file, {*in_use, key_of(file)})
         self._switch.active = [*active, (joining.deltas, multiplier)]
         try:
             yield
         finally:
             self._switch.active = active
-            self._tier.make_room(0, self._in_use)
+            self._tier.make_room(0, in_use)
 
     def drop(self) -> None:
         """Deactivate every adapter and forget it on the device."""
-        self._switch.active = ()
-        self._in_use = frozenset()
+        self._wanted, self._active = [], []
+        self._separate()
         self._tier.clear()
+
+    def _separate(self) -> None:
+        """Let what is active add to pristine weights, from the next prompt on a new run."""
+        self._fuser.restore()
+        self._switch.active = self._active
+        self._prompts = 0
 
     def _bring(self, file: LoraFile, in_use: Collection[Key]) -> Packed:
         """Return an adapter on the device, copied there if it was not."""
