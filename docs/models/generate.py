@@ -83,16 +83,16 @@ def _memory(spec: ModelSpec) -> str:
 
 def _arithmetic(spec: ModelSpec) -> str:
     text = (
-        "LoRAs add to the output of layers whose weights stay as they are, in the dtype of these: bfloat16 on a\n"
-        "GPU that has it, else float16; float32 on the CPU. The trainer's previews do the same with quantised\n"
-        "models, and merge into others in float32, as [`fuse_after`](../performance.md#fused-loras) does. In\n"
-        "float32 these ways are equal."
+        "LoRAs add to the output of layers whose weights stay as they are, in the dtype of these: bfloat16 on\n"
+        "a GPU that has it, else float16; float32 on the CPU. The trainer's previews do the same with\n"
+        "quantised models, and merge into others in float32, as\n"
+        "[`fuse_after`](../performance.md#fused-loras) does. In float32 these ways are equal."
     )
     if not spec.products_in_file_dtype:
         return text
     return text + (
-        "\n\nThe product of a LoRA's matrices is rounded to the dtype of its file before it is used in a wider\n"
-        "one, as the reference does; in previews it is not, as in the trainer's."
+        "\n\nThe product of a LoRA's matrices is rounded to the dtype of its file before it is used in a\n"
+        "wider one, as the reference does; in previews it is not, as in the trainer's."
     )
 
 
