@@ -83,8 +83,8 @@ def _memory(spec: ModelSpec) -> str:
 
 def _arithmetic(spec: ModelSpec) -> str:
     text = (
-        "LoRAs add to the output of layers whose weights stay as they are, in the dtype of these: bfloat16 on\n"
-        "a GPU that has it, else float16; float32 on the CPU. The trainer's previews do the same with\n"
+        "LoRAs add to the output of layers whose weights stay as they are, in the dtype of these: bfloat16\n"
+        "on a GPU that has it, else float16; float32 on the CPU. The trainer's previews do the same with\n"
         "quantised models, and merge into others in float32, as\n"
         "[`fuse_after`](../performance.md#fused-loras) does. In float32 these ways are equal."
     )
