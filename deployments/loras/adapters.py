@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from cluster.metrics import Meter
+from deployments.loras.compiled import Compiled
 from deployments.loras.deltas import Layer
 from deployments.loras.fusing import Active, Fuser
 from deployments.loras.host import HostTier
@@ -29,17 +30,31 @@ from deployments.loras.tiers import Key, Tier, key_of
 class _Switch:
     """What the hooks of all layers add; with no active adapters that is nothing."""
 
-    def __init__(self) -> None:
-        self.active: Sequence[Active] = ()
-        self.in_file_dtype = False
+    def __init__(self, compiled: Compiled | None) -> None:
+        self._compiled = compiled
+        self._active: Sequence[Active] = ()
+        self._in_file_dtype = False
 
     def hook(self, name: LayerName, layer: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Add the active deltas for the layer of this name to its output."""
-        for deltas, multiplier in self.active:
+        for deltas, multiplier in self._active:
             if delta := deltas.get(name):
-                added = delta(layer, inputs[0], in_file_dtype=self.in_file_dtype)
+                added = delta(layer, inputs[0], in_file_dtype=self._in_file_dtype)
                 output = output + (added * (multiplier * delta.scale)).to(output.dtype)
         return output
+
+    @contextmanager
+    def on(self, active: Sequence[Active], *, in_file_dtype: bool) -> Iterator[None]:
+        """Let these add to what runs in the block."""
+        before = self._active, self._in_file_dtype
+        self._active, self._in_file_dtype = active, in_file_dtype
+        try:
+            compiled = self._compiled
+            holding = compiled.holding(active, in_file_dtype=in_file_dtype) if compiled else nullcontext()
+            with holding:
+                yield
+        finally:
+            self._active, self._in_file_dtype = before
 
 
 class Adapters:
@@ -47,7 +62,7 @@ class Adapters:
 
     `budget` bounds their bytes on the device: the least recently used go, never an active one. After
     `fuse_after` prompts in a row with the same ones active these are fused with the weights, if it is given.
-    For one thread only.
+    `compiled` has those of the layers that are compiled. For one thread only.
     """
 
     def __init__(
@@ -56,19 +71,23 @@ class Adapters:
         host: HostTier,
         device: torch.device,
         budget: int,
+        *,
         fuse_after: int | None = None,
+        compiled: Compiled | None = None,
     ) -> None:
         self._layers = layers
         self._host = host
         self._device = device
         self.meter = Meter("device")
         self._tier = Tier(budget, self.meter)
-        self._hooked: set[LayerName] = set()
-        self._switch = _Switch()
+        # Compiled layers have a hook of their own.
+        self._hooked = set(compiled.layers) if compiled else set[LayerName]()
+        self._switch = _Switch(compiled)
         self._wanted: list[tuple[Key, float]] = []
         self._active: list[Active] = []
         self._fuser = Fuser(layers)
         self._fuse_after = fuse_after
+        self._in_file_dtype = False
         self._prompts = 0
 
     @property
@@ -97,27 +116,31 @@ class Adapters:
         self._tier.make_room(0, keys)
         return [each.warning for each in packed.values() if each.warning]
 
-    def begin_prompt(self, *, in_file_dtype: bool) -> None:
-        """Let the active LoRAs round products to their file's dtype, or not; fuse them if it is time."""
-        if in_file_dtype != self._switch.in_file_dtype:
-            self._switch.in_file_dtype = in_file_dtype
+    @contextmanager
+    def rendering(self, *, in_file_dtype: bool = False) -> Iterator[None]:
+        """Let the active adapters add to the model's layers for one prompt; fuse them first if it is time.
+
+        With `in_file_dtype` their products are rounded to the dtype of their files.
+        """
+        if in_file_dtype != self._in_file_dtype:
+            self._in_file_dtype = in_file_dtype
             self._separate()
         if self._fuse_after and self._prompts == self._fuse_after:
             self._fuser.fuse(self._active, in_file_dtype=in_file_dtype)
-            self._switch.active = ()
         self._prompts += 1
+        with self._switch.on(self._beside, in_file_dtype=in_file_dtype):
+            yield
 
     @contextmanager
     def joined_by(self, file: LoraFile, multiplier: float) -> Iterator[None]:
-        """Make one more adapter active beside those that are, for a while. Raises as `activate`."""
-        active = self._switch.active
+        """Make one more adapter active beside those that are, while one renders. Raises as `activate`."""
         in_use = {key for key, _ in self._wanted}
         joining = self._bring(file, {*in_use, key_of(file)})
-        self._switch.active = [*active, (joining.deltas, multiplier)]
+        together = [*self._beside, (joining.deltas, multiplier)]
         try:
-            yield
+            with self._switch.on(together, in_file_dtype=self._in_file_dtype):
+                yield
         finally:
-            self._switch.active = active
             self._tier.make_room(0, in_use)
 
     def drop(self) -> None:
@@ -127,10 +150,14 @@ class Adapters:
         self._tier.clear()
 
     def _separate(self) -> None:
-        """Let what is active add to pristine weights, from the next prompt on a new run."""
+        """Put pristine weights back, and begin a new run of prompts."""
         self._fuser.restore()
-        self._switch.active = self._active
         self._prompts = 0
+
+    @property
+    def _beside(self) -> Sequence[Active]:
+        """The active adapters that are not in the weights."""
+        return () if self.fused else self._active
 
     def _bring(self, file: LoraFile, in_use: Collection[Key]) -> Packed:
         """Return an adapter on the device, copied there if it was not."""

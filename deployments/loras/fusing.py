@@ -44,7 +44,7 @@ class Fuser:
                 for deltas, multiplier in active:
                     if delta := deltas.get(name):
                         total = total + delta.weight(in_file_dtype=in_file_dtype) * (multiplier * delta.scale)
-                fused = torch.nn.Parameter(total.to(layer.weight.dtype), requires_grad=False)
+                fused = torch.nn.Parameter(total.to(layer.weight.dtype), layer.weight.requires_grad)
                 self._pristine[name], layer.weight = layer.weight, fused
         except BaseException:
             self.restore()
