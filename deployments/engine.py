@@ -26,6 +26,7 @@ from deployments.catalog import HighResolution, ModelSpec, Part
 from deployments.checkpoints import Checkpoints, Located
 from deployments.classes import make_scheduler, named, pipeline_class, with_parts_of
 from deployments.loras.adapters import Adapters
+from deployments.loras.compiled import Compiled
 from deployments.loras.conversion import Converter, layers_of
 from deployments.loras.host import HostTier
 from deployments.loras.references import LoraFile, digest
@@ -45,7 +46,9 @@ class Engine:
 
     `device` is "cpu" or "cuda"; `offload` is diffusers' own (one of `OFFLOADS`) and does nothing on the CPU;
     `adapter_bytes` and `host_adapter_bytes` bound the adapters on the device and those in host memory, of
-    which those in use are never dropped.
+    which those in use are never dropped. After `fuse_after` prompts in a row with the same LoRAs these are
+    fused with the weights; those of a LoRA's layers take twice the memory of the device then. With `compiled`
+    the blocks that the model repeats go through `torch.compile`, for the first prompt of each shape.
     """
 
     def __init__(
@@ -57,15 +60,21 @@ class Engine:
         offload: str = "none",
         adapter_bytes: int = ADAPTER_BYTES,
         host_adapter_bytes: int = ADAPTER_BYTES,
+        fuse_after: int | None = None,
+        compiled: bool = False,
     ) -> None:
         if offload not in OFFLOADS:
             raise ValueError(f"offload is {offload!r}; it must be one of {', '.join(OFFLOADS)}")
+        if (fuse_after or compiled) and offload != "none":
+            raise ValueError("what is fused or compiled stays on the device: offload must be none")
         self.spec = spec
         self._checkpoints = checkpoints
         self._device = torch.device(device)
         self._offload = offload
         self._adapter_bytes = adapter_bytes
         self._host_adapter_bytes = host_adapter_bytes
+        self._fuse_after = fuse_after
+        self._compile = compiled
         self._pipeline: Any = None
         self._image_pipeline: Any = None
         self._located: Located | None = None
@@ -102,7 +111,14 @@ class Engine:
         layers = layers_of(pipeline)
         convert = Converter(layers, self.spec.experts, pinned=self._device.type == "cuda")
         self._host = HostTier(convert, self._host_adapter_bytes)
-        self._adapters = Adapters(layers, self._host, self._device, self._adapter_bytes)
+        self._adapters = Adapters(
+            layers,
+            self._host,
+            self._device,
+            self._adapter_bytes,
+            fuse_after=self._fuse_after,
+            compiled=Compiled(pipeline, layers) if self._compile else None,
+        )
 
     def use(self, loras: Sequence[tuple[LoraFile, float]]) -> list[str]:
         """Make exactly these adapters active with these multipliers; returns warnings of partial matches.
@@ -182,6 +198,8 @@ class Engine:
             "device": torch.cuda.get_device_name(self._device) if cuda else self._device.type,
             "dtype": str(self._dtype).removeprefix("torch."),
             "offload": self._offload,
+            "fused": self._loaded_adapters.fused,
+            "compiled": self._compile,
         }
 
     def _render_high(
@@ -274,11 +292,12 @@ class Engine:
     def _sampled(self, pipeline: Any, sampling: Sampling, arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
         """Change the pipeline for the time of a call, whose `arguments` may change as well."""
         row, own = self.spec.sampled(sampling), pipeline.scheduler
-        self._loaded_adapters.form_products(in_file_dtype=row.products_in_file_dtype)
         if row.scheduler and row.scheduler is not self.spec.scheduler:
             pipeline.scheduler = make_scheduler(*row.scheduler)
         try:
-            with self._family_function(row.during)(pipeline, arguments) if row.during else nullcontext():
+            during = self._family_function(row.during)(pipeline, arguments) if row.during else nullcontext()
+            in_file_dtype = row.products_in_file_dtype
+            with self._loaded_adapters.rendering(in_file_dtype=in_file_dtype), during:
                 yield
         finally:
             pipeline.scheduler = own

@@ -50,6 +50,9 @@ class WorkerConfig(BaseModel):
     lease_s: float
     adapter_bytes: int
     host_adapter_bytes: int
+    fuse_after: dict[str, int]
+    compile: tuple[str, ...]
+    compile_cache: Path
 
 
 class Worker:
@@ -77,6 +80,8 @@ class Worker:
         from deployments.loras.sources import Loras
         from deployments.loras.store import LoraStore
 
+        # Read when torch first compiles; one that is set already is the operator's own.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.compile_cache.absolute()))
         engine = Engine(
             CATALOG[model],
             Checkpoints(config.checkpoints, config.model_cache),
@@ -84,6 +89,8 @@ class Worker:
             offload=config.offload,
             adapter_bytes=config.adapter_bytes,
             host_adapter_bytes=config.host_adapter_bytes,
+            fuse_after=config.fuse_after.get(model),
+            compiled=model in config.compile,
         )
         fetcher = Fetcher(parse_hosts(config.fetch_hosts))
         loras = Loras(

@@ -66,6 +66,9 @@ def models(args: ModelsArgs) -> Application:
         lease_s=args.lease_s,
         adapter_bytes=args.adapter_bytes,
         host_adapter_bytes=args.host_adapter_bytes,
+        fuse_after=args.fuse_after,
+        compile=args.compile,
+        compile_cache=args.compile_cache,
     )
     actor: dict[str, Any] = {"num_gpus": 1, "num_cpus": 1} if device == "cuda" else {"num_cpus": WORKER_CPU}
     worker: Any = serve.deployment(Worker)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from cluster.urls import parse_hosts
@@ -118,9 +118,24 @@ class GatewayArgs(Settings):
 
 
 class ModelsArgs(Settings):
-    """Arguments of `build_models`: the ids of one application, and what each of their workers keeps to."""
+    """Arguments of `build_models`: the ids of one application, and what each of their workers keeps to.
+
+    `fuse_after` is by model id: after so many prompts in a row with the same LoRAs and multipliers, these are
+    fused with the weights. `compile` names the ids whose blocks are compiled, `compile_cache` where the node
+    keeps what was compiled.
+    """
 
     models: Annotated[tuple[str, ...], AfterValidator(_are_models), Field(min_length=1)]
     lease_s: Annotated[float, Field(gt=0)] = 30.0
     adapter_bytes: Annotated[int, Field(ge=0)] = 8 * 2**30
     host_adapter_bytes: Annotated[int, Field(ge=0)] = 8 * 2**30
+    fuse_after: Annotated[dict[str, Annotated[int, Field(ge=1)]], AfterValidator(_are_models)] = {}
+
+    compile: Annotated[tuple[str, ...], AfterValidator(_are_models)] = ()
+    compile_cache: Path = Path("var/compile_cache")
+
+    @model_validator(mode="after")
+    def _change_what_stays(self) -> ModelsArgs:
+        if (self.fuse_after or self.compile) and self.offload != "none":
+            raise ValueError("what is fused or compiled stays on the device: offload must be none")
+        return self

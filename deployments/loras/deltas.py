@@ -52,6 +52,10 @@ class Delta(Protocol):
         """
         ...
 
+    def weight(self, *, in_file_dtype: bool = False) -> Tensor:
+        """Return the unscaled addition to the layer's weight, in float32, for `in_file_dtype` as above."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
@@ -91,9 +95,17 @@ class LowRank:
             return functional.conv2d(inner, self.up)
         # In a dtype no wider than the file's, the product has that precision anyhow.
         if in_file_dtype and self.file_dtype.itemsize < x.dtype.itemsize:
-            product = self.up.to(self.file_dtype) @ self.down.to(self.file_dtype)
-            return functional.linear(x, product.to(x.dtype))
+            return functional.linear(x, self._product(self.file_dtype).to(x.dtype))
         return functional.linear(functional.linear(x, self.down), self.up)
+
+    def weight(self, *, in_file_dtype: bool = False) -> Tensor:
+        """Return the unscaled addition to the layer's weight, in float32."""
+        return self._product(self.file_dtype if in_file_dtype else torch.float32).float()
+
+    def _product(self, dtype: torch.dtype) -> Tensor:
+        """Return `up @ down` in the shape of the layer's weight, formed in `dtype`."""
+        product = self.up.flatten(1).to(dtype) @ self.down.flatten(1).to(dtype)
+        return product.unflatten(1, self.down.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +155,10 @@ class Kronecker:
         """
         blocks = x.to(self.w1.dtype).unflatten(-1, (self.w1.shape[1], self.w2.shape[1]))
         return (self.w1 @ functional.linear(blocks, self.w2)).flatten(-2)[..., self.start : self.stop]
+
+    def weight(self, *, in_file_dtype: bool = False) -> Tensor:
+        """Return the unscaled addition to the layer's weight, in float32."""
+        return torch.kron(self.w1.float(), self.w2.float())[self.start : self.stop]
 
 
 def build(module: Module, tensors: Mapping[Role, Tensor]) -> Delta:

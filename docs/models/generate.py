@@ -34,6 +34,7 @@ def _page(spec: ModelSpec) -> str:
         "## Defaults\n\n" + _defaults(spec),
         "## A request\n\n```json\n" + json.dumps(_example(spec), indent=2) + "\n```",
         "## Memory\n\n" + _memory(spec),
+        "## LoRA arithmetic\n\n" + _arithmetic(spec),
         notes,
         '## `"sampling": "preview"`\n\n' + _preview(spec),
     ]
@@ -77,6 +78,21 @@ def _memory(spec: ModelSpec) -> str:
     return (
         f"GiB of parts in bfloat16: {parts}.\nGPU memory in GiB by `OFFLOAD_MODE`, estimated: {modes}.\n"
         "`lora-serve models --gpu GIB` says what fits."
+    )
+
+
+def _arithmetic(spec: ModelSpec) -> str:
+    text = (
+        "LoRAs add to the output of layers whose weights stay as they are, in the dtype of these: bfloat16\n"
+        "on a GPU that has it, else float16; float32 on the CPU. The trainer's previews do the same with\n"
+        "quantised models, and merge into others in float32, as\n"
+        "[`fuse_after`](../performance.md#fused-loras) does. In float32 these ways are equal."
+    )
+    if not spec.products_in_file_dtype:
+        return text
+    return text + (
+        "\n\nThe product of a LoRA's matrices is rounded to the dtype of its file before it is used in a\n"
+        "wider one, as the reference does; in previews it is not, as in the trainer's."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -102,3 +103,16 @@ def test_settings_travel_to_replicas_as_they_are(monkeypatch: pytest.MonkeyPatch
     travelled = pickle.dumps(settings)
     monkeypatch.setenv("DEVICE", "cuda")
     assert pickle.loads(travelled) == settings
+
+
+@pytest.mark.parametrize("field", [{"fuse_after": {"flux": 3}}, {"compile": ["flux"]}])
+def test_what_moves_is_neither_fused_nor_compiled(field: dict[str, Any]) -> None:
+    assert ModelsArgs(models=("flux",), **field).offload == "none"
+    with pytest.raises(ValidationError, match="offload must be none"):
+        ModelsArgs(models=("flux",), offload="group", **field)
+
+
+@pytest.mark.parametrize("field", [{"fuse_after": {"flux": 0}}, {"fuse_after": {"x": 1}}, {"compile": ["x"]}])
+def test_fused_and_compiled_models_exist(field: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        ModelsArgs(models=("flux",), **field)

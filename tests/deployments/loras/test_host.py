@@ -72,7 +72,8 @@ def test_the_device_is_filled_from_the_host_and_that_from_the_disk(
     for file in (*files, *files):
         adapters.activate([(file, 0.5)])
         assert adapters.resident == {file.sha256}
-        results.append(pipeline.components["transformer"](x))
+        with adapters.rendering():
+            results.append(pipeline.components["transformer"](x))
     assert convert.runs == files
     assert host.hashes == {file.sha256 for file in files}
     assert (host.meter.hits, host.meter.misses, host.meter.read_bytes) == (3, 3, 6 * BYTES)
