@@ -34,7 +34,10 @@ class QueuePolicy:
     """Autoscaling of one model id: a replica per waiting or running job, within the deployment's bounds."""
 
     def __init__(self, model: str, jobs: str, yield_busy_after_s: float = YIELD_BUSY_AFTER_S) -> None:
-        """Read the table named by the environment's `JOBS_URL`, else `jobs`, a URL without a password."""
+        """Read the table named by the environment's `JOBS_URL`, else `jobs`, a URL without a password.
+
+        `yield_busy_after_s` may be another bound in seconds than `YIELD_BUSY_AFTER_S`.
+        """
         from cluster.database import jobs_url
         from cluster.load import load_reader
 
