@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import diffusers
+
+from deployments.catalog import ModelSpec
 
 
 def named(path: str) -> Any:  # noqa: ANN401 - a class or a function
@@ -32,3 +34,8 @@ def with_parts_of(pipeline: Any, class_name: str) -> Any:  # noqa: ANN401 - any 
 def make_scheduler(class_name: str, config: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any scheduler
     """Make a scheduler of a class of diffusers."""
     return getattr(diffusers, class_name)(**config)
+
+
+def family_function(spec: ModelSpec, name: str) -> Callable[..., Any]:
+    """Return the function of `pipelines` that a row names: in its family's module unless it is dotted."""
+    return named(f"deployments.pipelines.{name if '.' in name else f'{spec.family}.{name}'}")

@@ -7,24 +7,21 @@ are deterministic, and the global random state is neither read nor changed.
 from __future__ import annotations
 
 import inspect
-import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 
 from cluster.jobs import FailureCode, JobFailure
-from deployments.catalog import HighResolution, ModelSpec, Part
-from deployments.checkpoints import Checkpoints, Located
-from deployments.classes import make_scheduler, named, pipeline_class, with_parts_of
+from deployments.catalog import HighResolution, ModelSpec
+from deployments.checkpoints import Checkpoints
+from deployments.classes import family_function, make_scheduler, with_parts_of
+from deployments.loading import Loader, be_deterministic
 from deployments.loras.adapters import Adapters
 from deployments.loras.compiled import Compiled
 from deployments.loras.conversion import Converter, layers_of
@@ -70,10 +67,11 @@ class Engine:
         if (fuse_after or compiled) and offload != "none":
             raise ValueError("what is fused or compiled stays on the device: offload must be none")
         self.spec = spec
-        self._checkpoints = checkpoints
         self._device = torch.device(device)
         # The device's memory is the host's there.
         self._offload = "none" if device == "cpu" else offload
+        self._loader = Loader(spec, checkpoints, self._device, to_device=self._offload == "none")
+        self._checkpoints = checkpoints
         self._vae_tiling = vae_tiling
         self._adapter_bytes = adapter_bytes
         self._host_adapter_bytes = host_adapter_bytes
@@ -81,8 +79,6 @@ class Engine:
         self._compile = compiled
         self._pipeline: Any = None
         self._image_pipeline: Any = None
-        self._located: Located | None = None
-        self._parts: dict[str, str] = {}
         self._upsampler: Any = None
         self._host: HostTier | None = None
         self._adapters: Adapters | None = None
@@ -93,19 +89,8 @@ class Engine:
         Raises `JobFailure` (MODEL_LOAD_FAILED) for a checkpoint that cannot be had, and what diffusers raises
         for files that are not what they should be.
         """
-        _be_deterministic()
-        diffusers.utils.logging.disable_progress_bar()
-        # Their warnings quote prompts.
-        logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
-        transformers.utils.logging.disable_progress_bar()
-        # Transformers initialises some parts at random before it reads their weights.
-        with torch.random.fork_rng(devices=[]):
-            pipeline = self._load_pipeline()
-        if self.spec.scheduler:
-            # Not through the constructor: the one of Stable Diffusion 1.5 changes `steps_offset` 0 to 1.
-            pipeline.scheduler = make_scheduler(*self.spec.scheduler)
-        if self.spec.adjust:
-            self._family_function(self.spec.adjust)(pipeline)
+        be_deterministic()
+        pipeline = self._loader.pipeline()
         place(pipeline, self._device, self._offload)
         self._pipeline = self._image_pipeline = pipeline
         if self.spec.image_pipeline:
@@ -203,12 +188,10 @@ class Engine:
         cuda = self._device.type == "cuda"
         return {
             "model": self.spec.id,
-            "checkpoint": self.spec.checkpoint.repo,
-            "revision": self._located.revision if self._located else None,
-            "parts": dict(self._parts),
+            **self._loader.origin(),
             "versions": {name: _version(name) for name in _PACKAGES},
             "device": torch.cuda.get_device_name(self._device) if cuda else self._device.type,
-            "dtype": str(self._dtype).removeprefix("torch."),
+            "dtype": str(self._loader.dtype).removeprefix("torch."),
             "offload": self._offload,
             "vae_tiling": self._vae_tiling,
             "fused": self._loaded_adapters.fused,
@@ -223,11 +206,11 @@ class Engine:
         progress: Progress,
     ) -> Any:  # noqa: ANN401 - any pipeline's output
         if self._upsampler is None:
-            self._upsampler = self._load_part("upsampler", high.upsampler).to(self._device)
+            self._upsampler = self._loader.part("upsampler", high.upsampler).to(self._device)
         path = self._checkpoints.locate_lora(high.lora)
         lora = LoraFile(path, digest(path), path.stat().st_size)
         refined = partial(self._loaded_adapters.joined_by, lora, high.multiplier)
-        render = self._family_function(high.render)
+        render = family_function(self.spec, high.render)
         return render(pipeline, self._pipeline, arguments, self._upsampler, refined, progress)
 
     def _sound(self, output: Any) -> Sound | None:  # noqa: ANN401 - any pipeline's output
@@ -235,51 +218,10 @@ class Engine:
         return Sound(_finite(output.audio[0].float().cpu().numpy()), rate) if rate else None
 
     @property
-    def _dtype(self) -> torch.dtype:
-        """As the reference: bfloat16 where the GPU has it, else float16; float32 on the CPU."""
-        if self._device.type == "cpu":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-    @property
     def _loaded_adapters(self) -> Adapters:
         if self._adapters is None:
             raise RuntimeError("the engine is not loaded")
         return self._adapters
-
-    def _load_pipeline(self) -> Any:  # noqa: ANN401 - any diffusers pipeline
-        options, own_class = self.spec.load_options, pipeline_class(self.spec.pipeline)
-        parts = {name: self._load_part(name, part) for name, part in self.spec.parts.items()}
-        if self.spec.assembled:
-            return own_class(**parts, scheduler=None, **options)
-        absent = [name for name, value in options.items() if value is None]
-        self._located = self._checkpoints.locate(self.spec.checkpoint, without=[*absent, *parts])
-        pipeline = own_class.from_pretrained(
-            self._located.directory,
-            variant=self._located.variant,
-            dtype=self._dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            **self._loading,
-            **options,
-            # It refuses a plain tokenizer in a processor's place; that comes afterwards.
-            **{name: part if isinstance(part, torch.nn.Module) else None for name, part in parts.items()},
-        )
-        pipeline.register_modules(**parts)
-        return pipeline
-
-    def _load_part(self, name: str, part: Part) -> Any:  # noqa: ANN401 - a model or a tokenizer
-        located = self._checkpoints.locate_part(part)
-        self._parts[name] = f"{part.checkpoint.repo}@{located.revision}"
-        part_class = named(part.class_name)
-        is_model = issubclass(part_class, torch.nn.Module)
-        options = {"dtype": self._dtype, "use_safetensors": True, **self._loading} if is_model else {}
-        return part_class.from_pretrained(located.directory, local_files_only=True, **options)
-
-    @property
-    def _loading(self) -> dict[str, str]:
-        """Where weights are read to: straight to the device, with no copy in host memory before."""
-        return {"device_map": self._device.type} if self._offload == "none" else {}
 
     @contextmanager
     def _sampled(self, pipeline: Any, sampling: Sampling, arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
@@ -288,7 +230,7 @@ class Engine:
         if row.scheduler and row.scheduler is not self.spec.scheduler:
             pipeline.scheduler = make_scheduler(*row.scheduler)
         try:
-            with self._family_function(row.during)(pipeline, arguments) if row.during else nullcontext():
+            with family_function(self.spec, row.during)(pipeline, arguments) if row.during else nullcontext():
                 yield
         finally:
             pipeline.scheduler = own
@@ -314,11 +256,8 @@ class Engine:
         if row.video and prompt.num_frames:
             arguments["num_frames"] = row.video.floor(prompt.num_frames)
         if row.arguments:
-            arguments |= self._family_function(row.arguments)(pipeline, prompt, controls)
+            arguments |= family_function(self.spec, row.arguments)(pipeline, prompt, controls)
         return arguments
-
-    def _family_function(self, name: str) -> Callable[..., Any]:
-        return named(f"deployments.pipelines.{name if '.' in name else f'{self.spec.family}.{name}'}")
 
 
 def _to_bytes(values: np.ndarray) -> np.ndarray:
@@ -341,11 +280,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _be_deterministic() -> None:
-    """Choose kernels that give the same bits each time. The workspace is read when cuBLAS starts."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
