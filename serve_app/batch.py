@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any, Self
 from PIL import Image
 
 from serve_app.client import LoraServe, LoraServeError, Refused
-from serve_app.client_batches import BatchResult, Counts
-from serve_app.client_files import picture_text
+from serve_app.client.batches import BatchResult, Counts
+from serve_app.client.files import picture_text
 from serve_app.ray_client import connect
 from serve_app.sheets import Tile, contact_sheet
 from serve_app.tables import COLUMNS, Lora, read_rows, requests_of

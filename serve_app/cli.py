@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from deployments.catalog import CATALOG
-from serve_app import batch_cli, jobs_cli, requests_cli
+from serve_app.commands import batch, jobs, requests
 from serve_app.settings import Settings
 
 app = typer.Typer(
@@ -19,9 +19,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.add_typer(jobs_cli.app, name="jobs")
-app.add_typer(batch_cli.app, name="batch")
-for command in (requests_cli.submit, requests_cli.get, requests_cli.cancel):
+app.add_typer(jobs.app, name="jobs")
+app.add_typer(batch.app, name="batch")
+for command in (requests.submit, requests.get, requests.cancel):
     app.command()(command)
 
 
@@ -57,11 +57,11 @@ def models(
 ) -> None:
     """List the model ids with their memory, and which OFFLOAD_MODE each needs on a GPU."""
     if url is None and not as_json:
-        from serve_app.models_table import models_table
+        from serve_app.commands.models_table import models_table
 
         typer.echo(models_table(gpu), nl=False)
     elif url is not None and gpu is None:
-        requests_cli.models(url, as_json)
+        requests.models(url, as_json)
     else:
         raise typer.BadParameter("--json goes with --url, and --gpu without it")
 

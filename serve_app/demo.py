@@ -22,7 +22,7 @@ from rich.console import Console
 from cluster.jobs import JobState
 from deployments.catalog import CATALOG
 from serve_app.client import LoraServe
-from serve_app.terminal import Board
+from serve_app.commands.terminal import Board
 
 console = Console()
 

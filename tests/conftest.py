@@ -23,6 +23,8 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tiny tensors: of several threads in each of several processes most would wait for one another.
+os.environ["OMP_NUM_THREADS"] = "1"
 for secret in ("API_KEYS", "API_KEYS_FILE", "SECRET_KEY", "WEBHOOK_SECRET"):
     os.environ.pop(secret, None)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from serve_app.client_answers import Answer, Output, Result, Time
+from serve_app.client.answers import Answer, Output, Result, Time
 
 
 class Counts(Answer):

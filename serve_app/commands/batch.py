@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from serve_app.requests_cli import LOCAL, AsJson, Url
+from serve_app.commands.requests import LOCAL, AsJson, Url
 
 if TYPE_CHECKING:
     from serve_app.batch import Batch
-    from serve_app.client_batches import Counts
+    from serve_app.client.batches import Counts
 
 app = typer.Typer(
     help="Submit a table of requests; watch, cancel or retry them as one.", no_args_is_help=True
@@ -78,7 +78,7 @@ def _run(act: Callable[[Batch], Counts], url: str, batch_id: str | None, watch: 
     """Act on a batch, print its counts, and end with the exit code."""
     from serve_app.batch import Batch
     from serve_app.client import LoraServe, LoraServeError
-    from serve_app.terminal import FAILED, KEY_VARIABLE, NO_ANSWER, UNREACHABLE
+    from serve_app.commands.terminal import FAILED, KEY_VARIABLE, NO_ANSWER, UNREACHABLE
 
     try:
         with LoraServe(url, os.environ.get(KEY_VARIABLE)) as client:

@@ -14,8 +14,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cluster.jobs import JobState
-from serve_app import terminal
 from serve_app.cli import app
+from serve_app.commands import terminal
 from tests.serve_app.conftest import Service, body, rendering, serving
 from tests.service import free_port
 

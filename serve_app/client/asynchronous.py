@@ -13,9 +13,9 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from serve_app.client_answers import Model, Output, Result, Status, Submitted
-from serve_app.client_core import LIMITS, PATIENCE_S, Core, OnStatus, Operation, Reply, Request, Send, Step
-from serve_app.client_errors import LoraServeError
+from serve_app.client.answers import Model, Output, Result, Status, Submitted
+from serve_app.client.core import LIMITS, PATIENCE_S, Core, OnStatus, Operation, Reply, Request, Send, Step
+from serve_app.client.errors import LoraServeError
 
 T = TypeVar("T")
 

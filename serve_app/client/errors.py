@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from cluster.jobs import JobState
-from serve_app.client_answers import Status
+from serve_app.client.answers import Status
 
 
 class LoraServeError(Exception):

@@ -24,9 +24,9 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from cluster.jobs import JobState
-from serve_app.client_answers import Model, Models, Output, Result, Status, Submitted
-from serve_app.client_errors import JobFailed, LoraServeError, Refused, WaitTimeout, lost, refused
-from serve_app.client_files import Saving, copy_local, picture_text
+from serve_app.client.answers import Model, Models, Output, Result, Status, Submitted
+from serve_app.client.errors import JobFailed, LoraServeError, Refused, WaitTimeout, lost, refused
+from serve_app.client.files import Saving, copy_local, picture_text
 
 logger = logging.getLogger(__name__)
 

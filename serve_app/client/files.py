@@ -14,7 +14,7 @@ from typing import Self
 
 from PIL import Image
 
-from serve_app.client_errors import DownloadFailed
+from serve_app.client.errors import DownloadFailed
 
 
 class Saving:

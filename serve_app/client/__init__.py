@@ -1,6 +1,6 @@
 """The service from Python: `LoraServe`, which blocks, and `AsyncLoraServe`, which does not.
 
-Both carry out the operations of `serve_app.client_core`; importing them loads neither torch nor Ray. What
+Both carry out the operations of `serve_app.client.core`; importing them loads neither torch nor Ray. What
 goes wrong is a `LoraServeError`: `Refused` if the service refuses, `Unreachable` if no answer comes.
 """
 
@@ -16,10 +16,10 @@ import httpx
 from anyio.from_thread import start_blocking_portal
 from PIL import Image
 
-from serve_app.client_answers import Model, Output, Outputs, Progress, Result, Status, Submitted
-from serve_app.client_async import AsyncLoraServe, progress_bar
-from serve_app.client_core import LIMITS, PATIENCE_S, Core, OnStatus, Operation, Reply, Request, Send, Step
-from serve_app.client_errors import (
+from serve_app.client.answers import Model, Output, Outputs, Progress, Result, Status, Submitted
+from serve_app.client.asynchronous import AsyncLoraServe, progress_bar
+from serve_app.client.core import LIMITS, PATIENCE_S, Core, OnStatus, Operation, Reply, Request, Send, Step
+from serve_app.client.errors import (
     DownloadFailed,
     JobFailed,
     LoraServeError,

@@ -30,7 +30,7 @@ def submit(
     Exit codes: 0 if all went well, 1 if one was refused or (with --watch) did not succeed, 2 for wrong usage,
     3 if the server cannot be reached.
     """
-    from serve_app import terminal
+    from serve_app.commands import terminal
 
     bodies = {str(file): _body(file) for file in files}
     _end(terminal.submit(url, bodies, watch=watch), as_json, "failed", "canceled")
@@ -44,21 +44,21 @@ def get(
     url: Url = LOCAL,
 ) -> None:
     """Tell how requests are doing, and what they made. Exit codes as of submit."""
-    from serve_app import terminal
+    from serve_app.commands import terminal
 
     _end(terminal.get(url, ids, watch=watch, out=out), as_json, "failed", "canceled")
 
 
 def cancel(ids: Ids, as_json: AsJson = False, url: Url = LOCAL) -> None:
     """Cancel requests: those that wait at once, those that run within one step. Exit codes as of submit."""
-    from serve_app import terminal
+    from serve_app.commands import terminal
 
     _end(terminal.cancel(url, ids), as_json)
 
 
 def models(url: str, as_json: bool) -> None:
     """List what a server renders."""
-    from serve_app import terminal
+    from serve_app.commands import terminal
 
     _end(terminal.models(url), as_json)
 
@@ -74,7 +74,7 @@ def _body(file: Path) -> dict[str, Any]:
 
 
 def _end(found: AsyncIterator[dict[str, Any]], as_json: bool, *bad: str) -> None:
-    from serve_app import terminal
+    from serve_app.commands import terminal
 
     try:
         code = terminal.tell(found, as_json=as_json, bad=bad)
