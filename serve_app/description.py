@@ -49,17 +49,79 @@ _MODEL = {
     "output_formats": ["jpeg", "png", "webp"],
     "preview_differs": None,
     "max_loras": 1,
+    "transformers": [],
+    "resolutions": ["Default"],
+    "options": {},
+}
+
+_REQUEST = {
+    "model": "flux",
+    "loras": [_LORA],
+    "prompts": [{"prompt": "[trigger], a red fox", "width": 1024, "height": 768, "seed": 42}],
+    "trigger_word": "p5x",
+    "output_format": "png",
+}
+
+_RESULT = {
+    "request_id": _ID,
+    "status": "succeeded",
+    "outputs": {
+        "images": [
+            {
+                "format": "png",
+                "width": 1024,
+                "height": 768,
+                "file_path": f"/srv/lora-serve{_OUTPUT}.png",
+                "seed": 42,
+                "url": f"http://127.0.0.1:8000{_OUTPUT}.png",
+                "sha256": "3f1c" * 16,
+                "bytes": 1203345,
+                "manifest_url": f"http://127.0.0.1:8000{_OUTPUT}.json",
+            }
+        ],
+        "videos": [],
+    },
+    "error": None,
+    "created_at": _CREATED,
+    "finished_at": _FINISHED,
+    "metadata": {
+        "model": "flux",
+        "inference_time": 6.3,
+        "timings": {"fetch": 0.1, "adapters": 0.04, "prompts": [6.1]},
+        "warnings": [],
+    },
+}
+
+_BATCH = {
+    "batch_id": _ID,
+    "total": 1,
+    "counts": {"in_queue": 0, "in_progress": 0, "succeeded": 1, "failed": 0, "canceled": 0},
+}
+
+_BATCH_RESULT = {
+    **_RESULT,
+    "error_code": None,
+    "started_at": _CREATED,
+    "attempts": 1,
+    "loras": [{**_LORA, "transformer": None}],
+    "prompts": [
+        {
+            "prompt": "p5x, a red fox",
+            "neg": "",
+            "width": 1024,
+            "height": 768,
+            "sample_steps": 25,
+            "guidance_scale": 4.0,
+            "seed": 42,
+            "num_frames": None,
+            "fps": None,
+        }
+    ],
 }
 
 EXAMPLES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "InferenceRequest": {
-            "model": "flux",
-            "loras": [_LORA],
-            "prompts": [{"prompt": "[trigger], a red fox", "width": 1024, "height": 768, "seed": 42}],
-            "trigger_word": "p5x",
-            "output_format": "png",
-        },
+        "InferenceRequest": _REQUEST,
         "SubmitAnswer": {
             "request_id": _ID,
             "status": "queued",
@@ -69,36 +131,21 @@ EXAMPLES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "warnings": [],
         },
         "StatusAnswer": _STATUS,
-        "ListAnswer": {"requests": [{**_STATUS, "model": "flux"}], "next_cursor": "AAAAAAAAASw"},
-        "ResultAnswer": {
-            "request_id": _ID,
-            "status": "succeeded",
-            "outputs": {
-                "images": [
-                    {
-                        "format": "png",
-                        "width": 1024,
-                        "height": 768,
-                        "file_path": f"/srv/lora-serve{_OUTPUT}.png",
-                        "seed": 42,
-                        "url": f"http://127.0.0.1:8000{_OUTPUT}.png",
-                        "sha256": "3f1c" * 16,
-                        "bytes": 1203345,
-                        "manifest_url": f"http://127.0.0.1:8000{_OUTPUT}.json",
-                    }
-                ],
-                "videos": [],
-            },
-            "error": None,
-            "created_at": _CREATED,
-            "finished_at": _FINISHED,
-            "metadata": {
-                "model": "flux",
-                "inference_time": 6.3,
-                "timings": {"fetch": 0.1, "adapters": 0.04, "prompts": [6.1]},
-                "warnings": [],
-            },
+        "ListAnswer": {
+            "requests": [{**_STATUS, "model": "flux", "batch_id": None}],
+            "next_cursor": "AAAAAAAAASw",
         },
+        "ResultAnswer": _RESULT,
+        "BatchRequest": {"requests": [_REQUEST]},
+        "BatchSubmitAnswer": {
+            "batch_id": _ID,
+            "batch_url": f"http://127.0.0.1:8000/v1/batches/{_ID}",
+            "request_ids": [_ID],
+            "warnings": [],
+        },
+        "BatchAnswer": _BATCH,
+        "BatchRetryAnswer": {**_BATCH, "retried": 0},
+        "BatchResultsAnswer": {"results": [_BATCH_RESULT], "next_cursor": None},
         "ModelsAnswer": {"models": [_MODEL]},
         "InspectRequest": {"path": "my_style.safetensors"},
         "Inspection": {

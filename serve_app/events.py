@@ -34,10 +34,20 @@ RETRY_MS = 1000
 START = "0"
 """Before the first event."""
 
+_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string"},
+        "event": {"enum": ["state", "queue", "progress"]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+}
+"""Of each event."""
+
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "Server-sent events; `data` is JSON",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"schema": _SCHEMA}},
     },
     204: {"description": "The job has ended and `Last-Event-ID` was its last event"},
 }

@@ -191,7 +191,7 @@ async def follow_request(
     request_id: RequestId,
     tenant: Tenant,
     parts: Shared,
-    last_event_id: Annotated[str | None, Header()] = None,
+    last_event_id: Annotated[str | None, Header(description="Id of the last event that was read")] = None,
 ) -> Response:
     """Tell what happens to a request as server-sent events: `state`, `queue` and `progress`."""
     seen = check_event_id(last_event_id)

@@ -186,7 +186,9 @@ class BatchRequest(_Submission):
     model_config = ConfigDict(extra="forbid")
 
     requests: Annotated[list[InferenceRequest], Field(min_length=1, max_length=MAX_ITEMS)]
+    """Stored in this order, all of them or none."""
     batch_id: Annotated[str, Field(pattern=f"^{UUID}$")] | None = None
+    """The batch that they join, by an id of your own; a new one without it."""
 
 
 class InspectRequest(_Part):
