@@ -267,6 +267,10 @@ def test_the_description_is_valid_and_complete(service: Service) -> None:
     assert set(description["paths"]) == {
         "/v1/inference",
         "/v1/loras/inspect",
+        "/v1/batches",
+        "/v1/batches/{batch_id}",
+        "/v1/batches/{batch_id}/results",
+        "/v1/batches/{batch_id}/retry",
         "/v1/images/generations",
         "/v1/images/edits",
         "/v1/requests/{request_id}/status",

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLForConditionalGeneration
 
-from deployments.engine import Engine
+from deployments.loading import Loader
 from deployments.loras.references import open_lora
 from deployments.pipelines.hidream_o1 import (
     NOISE_SCALE,
@@ -40,7 +40,7 @@ def test_a_picture_of_the_trainer_is_predicted(studio: Callable[[str], Studio]) 
     clean, noise = (torch.from_numpy(np.load(GOLDEN / f"train_{name}.npy")) for name in ("x0", "eps"))
     for case, eps in zip(TRAIN["cases"], noise.unflatten(0, (3, -1)), strict=True):
         noisy = (1 - case["sigma"]) * clean + case["sigma"] * NOISE_SCALE * eps
-        with torch.inference_mode():
+        with torch.inference_mode(), used.engine._loaded_adapters.rendering():
             predicted = pipeline.transformer(ids, noisy, torch.tensor(1 - case["sigma"]), ROWS)
         assert (predicted - clean).square().mean().item() == pytest.approx(case["loss"], rel=1e-5)
         if case["sigma"] == 0.5:
@@ -91,7 +91,7 @@ def test_the_shift_acts_twice_at_the_low_end(studio: Callable[[str], Studio]) ->
 def test_in_bfloat16_the_picture_is_rounded_at_each_step_and_the_step_is_not(
     new_studio: Callable[[str], Studio], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Engine, "_dtype", torch.bfloat16)
+    monkeypatch.setattr(Loader, "dtype", torch.bfloat16)
     used, seen = new_studio("hidream_o1"), []
     scheduler = used.engine._pipeline.scheduler
     step = scheduler.step

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from deployments.engine import Engine
+from deployments.loading import Loader
 from deployments.rendering import Unwatched
 from tests.studio import Studio
 
@@ -17,7 +17,7 @@ NewStudio = Callable[[str], Studio]
 
 @pytest.fixture
 def in_bfloat16(new_studio: NewStudio, monkeypatch: pytest.MonkeyPatch) -> NewStudio:
-    monkeypatch.setattr(Engine, "_dtype", torch.bfloat16)
+    monkeypatch.setattr(Loader, "dtype", torch.bfloat16)
     return new_studio
 
 
