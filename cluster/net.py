@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import re
 import socket
-import ssl
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import Any, BinaryIO
+from typing import BinaryIO
 from urllib.parse import urljoin
 
 import httpcore
 import httpx
 
+from cluster.connections import Pinned
 from cluster.pace import LIMITS, FetchError, FetchFault, Limits, Pace, copy, too_large
 from cluster.urls import Url, UrlRefused, check_url, is_listed, is_public, parse_url
 
@@ -148,7 +148,7 @@ class Fetcher:
     def _request(
         self, method: str, url: Url, headers: Mapping[str, str], pace: Pace, body: bytes | None = None
     ) -> Iterator[_Answer]:
-        backend = _Pinned(self._addresses(url), pace)
+        backend = Pinned(self._addresses(url), pace)
         target = httpcore.URL(scheme=url.scheme, host=url.host.strip("[]"), port=url.port, target=url.target)
         sent = {"Host": url.netloc, "Accept-Encoding": "identity", "User-Agent": "lora-serve", **headers}
         try:
@@ -244,62 +244,3 @@ def fault_of(status: int) -> FetchFault:
         return FetchFault.DENIED
     again = status in (408, 425, 429) or status >= 500
     return FetchFault.UNREACHABLE if again else FetchFault.UNUSABLE
-
-
-class _Pinned(httpcore.NetworkBackend):
-    """Connects to one of the given addresses, whatever the name is."""
-
-    def __init__(self, addresses: Iterable[str], pace: Pace) -> None:
-        self._addresses = addresses
-        self._pace = pace
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.NetworkStream:
-        failure: Exception = httpcore.ConnectError("no address")
-        for address in self._addresses:
-            try:
-                stream = httpcore.SyncBackend().connect_tcp(address, port, self._pace.left())
-                return _Paced(stream, self._pace)
-            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
-                failure = error
-        raise failure
-
-
-class _Paced(httpcore.NetworkStream):
-    """A connection that keeps to the pace."""
-
-    def __init__(self, stream: httpcore.NetworkStream, pace: Pace) -> None:
-        self._stream = stream
-        self._pace = pace
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        data = self._stream.read(max_bytes, self._pace.left())
-        self._pace.note(len(data))
-        return data
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._stream.write(buffer, self._pace.left())
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.NetworkStream:
-        try:
-            secured = self._stream.start_tls(ssl_context, server_hostname, self._pace.left())
-        except httpcore.ConnectError as error:
-            if isinstance(error.__cause__, ssl.SSLCertVerificationError):
-                message = f"{server_hostname} has no valid certificate."
-                raise FetchError(FetchFault.UNUSABLE, message) from error
-            raise
-        return _Paced(secured, self._pace)
-
-    def get_extra_info(self, info: str) -> Any:  # noqa: ANN401 - httpcore's signature
-        return self._stream.get_extra_info(info)

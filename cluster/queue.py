@@ -1,4 +1,4 @@
-"""The job queue: what gateways, workers and the autoscaler ask of the job table."""
+"""The job queue: what gateways and workers do to the job table."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, exists, false, select, update
+from sqlalchemy import Connection, delete, exists, false, select, update
 
-from cluster import claims, janitor, reports
+from cluster import claims, janitor
 from cluster.batches import Batches
 from cluster.database import Watch, open_database
 from cluster.group_commit import GroupCommit
 from cluster.jobs import (
     Claim,
-    Depth,
     Job,
-    JobEvent,
     JobState,
-    JobSummary,
     Lease,
     LeaseLost,
     NewJob,
@@ -27,12 +24,13 @@ from cluster.jobs import (
 )
 from cluster.migrations import upgrade
 from cluster.outbox import Outbox
+from cluster.reports import Reports
 from cluster.schema import job_outputs, jobs, now, workers
 from cluster.telemetry import redact
-from cluster.transitions import again_or_failed, cancel, end_run, held_by, job_of, literal_state, move
+from cluster.transitions import again_or_failed, cancel, end_run, held_by, literal_state, move
 
 
-class JobQueue:
+class JobQueue(Reports):
     """The durable queue behind one URL, shared by the threads of a process.
 
     Every method is one transaction, on disk when it returns, and raises `StoreUnavailable` when the table
@@ -57,11 +55,11 @@ class JobQueue:
         one run, and jobs older than `age_bound_s` go first; all in seconds. Raises `ValueError` for a URL
         that is not supported.
         """
+        super().__init__(open_database(url), presence_s=lease_s)
         self._lease_s = lease_s
         self._run_timeout_s = run_timeout_s
         self._max_attempts = max_attempts
         self._age_bound_s = age_bound_s
-        self._database = open_database(url)
         self._submissions = GroupCommit(self._database)
         self.outbox = Outbox(self._database)
         self.batches = Batches(self._database)
@@ -89,86 +87,6 @@ class JobQueue:
     def submit_soon(self, new: Sequence[NewJob]) -> Future[list[Job]]:
         """As `submit`, without waiting: the future is done when the jobs are on disk, or has its errors."""
         return self._submissions.submit(new)
-
-    def find(self, tenant: str, idempotency_key: str) -> Job | None:
-        """Return the job that holds the tenant's idempotency key."""
-        return self._one(and_(jobs.c.tenant == tenant, jobs.c.idempotency_key == idempotency_key))
-
-    def get(self, job_id: str) -> Job | None:
-        """Return a job, None if the id is unknown."""
-        return self._one(jobs.c.id == job_id)
-
-    def outputs(self, job_id: str) -> list[Mapping[str, Any]]:
-        """Return the outputs recorded for a job, in the order of its prompts.
-
-        They are published once the job has succeeded; before that they are what a retry need not render
-        again.
-        """
-        recorded = select(job_outputs.c.output).where(job_outputs.c.job_id == job_id)
-        with self._database.read() as connection:
-            return list(connection.scalars(recorded.order_by(job_outputs.c.prompt_index)))
-
-    def events(self, job_id: str) -> list[JobEvent]:
-        """Return the history of a job, oldest first."""
-        return self.histories([job_id])[job_id]
-
-    def histories(self, job_ids: Collection[str]) -> Mapping[str, list[JobEvent]]:
-        """Return the history of each job, oldest first; that of an unknown one is empty."""
-        with self._database.read() as connection:
-            return reports.histories(connection, job_ids)
-
-    def latest(self, job_ids: Collection[str]) -> Sequence[tuple[JobSummary, int]]:
-        """Return how the jobs that are known are doing, each with the id of its last event."""
-        with self._database.read() as connection:
-            return reports.latest(connection, job_ids)
-
-    def places(self, queued: Collection[JobSummary]) -> Mapping[str, int]:
-        """Return `ahead` by id for all of these jobs at once; those that have left the queue are missing."""
-        with self._database.read() as connection:
-            return reports.places(connection, queued)
-
-    def ahead(self, job: Job) -> int | None:
-        """Return how many jobs of its model were queued before this one, None unless it waits itself.
-
-        An approximation: claims prefer warm LoRAs, so a later job may well run earlier.
-        """
-        if job.state is not JobState.IN_QUEUE:
-            return None
-        with self._database.read() as connection:
-            return reports.ahead(connection, job)
-
-    def waiting(self, tenant: str) -> tuple[int, int]:
-        """Return how many jobs are queued, in all and of the tenant."""
-        with self._database.read() as connection:
-            return reports.waiting(connection, tenant)
-
-    def list(
-        self,
-        tenant: str | None,
-        *,
-        state: JobState | None = None,
-        model: str | None = None,
-        batch: str | None = None,
-        limit: int = 50,
-        before: int | None = None,
-    ) -> Sequence[JobSummary]:
-        """Return at most `limit` jobs of the tenant (None: of all), newest first, `seq` below `before`."""
-        with self._database.read() as connection:
-            return reports.page(
-                connection, tenant, state=state, model=model, batch=batch, limit=limit, before=before
-            )
-
-    def finished(self, job_ids: Collection[str]) -> set[str]:
-        """Return which of the jobs have come to their end, or are unknown."""
-        live = select(jobs.c.id).where(jobs.c.id.in_(job_ids), jobs.c.state.in_(reports.LIVE))
-        with self._database.read() as connection:
-            return set(job_ids).difference(connection.scalars(live))
-
-    def queued(self, job_ids: Collection[str]) -> set[str]:
-        """Return which of the jobs still wait to be claimed."""
-        waiting = select(jobs.c.id).where(jobs.c.id.in_(job_ids), jobs.c.state == JobState.IN_QUEUE)
-        with self._database.read() as connection:
-            return set(connection.scalars(waiting))
 
     def cancel(self, job_id: str) -> tuple[Job, bool] | None:
         """Cancel a queued job, or ask the worker of a running one to stop; None if the id is unknown.
@@ -206,10 +124,8 @@ class JobQueue:
         replica, with `warm`, the adapter of the job, and those that `offer` says are on their way. A job may
         become claimable by time alone, after back-off or patience, which no watch reports.
         """
-        with self._database.read() as connection:
-            # Idle replicas look often: they must not queue for the write lock.
-            if not connection.scalar(select(claims.anything_ready(model))):
-                return None
+        if not self._anything_ready(model):
+            return None
         with self._database.write() as connection:
             claims.announce(connection, self._database.insert, owner, model, warm)
             order = {"age_bound_s": self._age_bound_s, "patience_s": patience_s}
@@ -220,6 +136,11 @@ class JobQueue:
                 return None
             claims.hold(connection, self._database.insert, owner, coming)
             return None if chosen is None else self._take(connection, owner, chosen)
+
+    def _anything_ready(self, model: str) -> bool:
+        """Look without the write lock, for which idle replicas, who look often, must not queue."""
+        with self._database.read() as connection:
+            return bool(connection.scalar(select(claims.anything_ready(model))))
 
     def _take(self, connection: Connection, owner: str, seq: int) -> Claim:
         """Claim a job that this transaction has locked."""
@@ -254,9 +175,8 @@ class JobQueue:
         do. Jobs of the adapters `without` are passed over. The job's adapter counts as held from here on, so
         that not every busy replica brings the same one.
         """
-        with self._database.read() as connection:
-            if not connection.scalar(select(claims.anything_ready(model))):
-                return None
+        if not self._anything_ready(model):
+            return None
         with self._database.write() as connection:
             claims.announce(connection, self._database.insert, owner, model, warm)
             order = {"age_bound_s": self._age_bound_s, "patience_s": patience_s}
@@ -341,11 +261,6 @@ class JobQueue:
         with self._database.write() as connection:
             connection.execute(update(jobs).where(false()).values(error=None))
 
-    def depths(self) -> dict[str, Depth]:
-        """Return the load of every model that has jobs or replicas."""
-        with self._database.read() as connection:
-            return reports.depths(connection, self._lease_s)
-
     def sweep(self) -> int:
         """Bring back jobs of lost workers, end those past their deadline, forget lost replicas.
 
@@ -356,7 +271,7 @@ class JobQueue:
                 connection,
                 max_attempts=self._max_attempts,
                 run_timeout_s=self._run_timeout_s,
-                presence_s=self._lease_s,
+                presence_s=self._presence_s,
             )
 
     def expired(self, older_than_s: float, limit: int = 100) -> Sequence[str]:
@@ -375,11 +290,6 @@ class JobQueue:
         """
         with self._database.write() as connection:
             return janitor.forget(connection, job_ids)
-
-    def _one(self, condition: ColumnElement[bool]) -> Job | None:
-        with self._database.read() as connection:
-            row = connection.execute(select(jobs).where(condition)).mappings().one_or_none()
-        return None if row is None else job_of(row)
 
 
 def _lost(claim: Claim) -> LeaseLost:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from serve_app.client.answers import Model, Output, Outputs, Progress, Result, Status, Submitted
 from serve_app.client.asynchronous import AsyncLoraServe, progress_bar
-from serve_app.client.core import LIMITS, PATIENCE_S, Core, OnStatus, Operation, Reply, Request, Send, Step
+from serve_app.client.core import Core, OnStatus
 from serve_app.client.errors import (
     DownloadFailed,
     JobFailed,
@@ -27,6 +27,7 @@ from serve_app.client.errors import (
     Unreachable,
     WaitTimeout,
 )
+from serve_app.client.sending import LIMITS, PATIENCE_S, Operation, Reply, Request, Send, Step
 
 __all__ = [
     "AsyncLoraServe",

@@ -14,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from serve_app.client.answers import Model, Output, Result, Status, Submitted
-from serve_app.client.core import LIMITS, PATIENCE_S, Core, OnStatus, Operation, Reply, Request, Send, Step
+from serve_app.client.core import Core, OnStatus
 from serve_app.client.errors import LoraServeError
+from serve_app.client.sending import LIMITS, PATIENCE_S, Operation, Reply, Request, Send, Step
 
 T = TypeVar("T")
 

@@ -16,7 +16,8 @@ from rich.table import Column
 
 from cluster.jobs import JobState, Phase
 from serve_app.client import AsyncLoraServe, LoraServeError, Status
-from serve_app.client.core import PATIENCE_S, OnStatus
+from serve_app.client.core import OnStatus
+from serve_app.client.sending import PATIENCE_S
 
 KEY_VARIABLE = "LORA_SERVE_API_KEY"
 """Not an option: command lines are seen by every user of a machine."""

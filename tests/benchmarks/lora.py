@@ -7,7 +7,8 @@ GB would. Rounds take each way in turn, so that a busy machine slows all. The la
 - `resident_switch_ms`: to another adapter on the device, rank 16;
 - `host_switch_over_floor`: from host memory, rank 16, over one allocation and one copy of as many bytes;
 - `hotswap_over_ours`: diffusers' hot swap from a state dict in memory over ours from host memory, rank 16;
-- `rotation8_over_one`: jobs per second with 8 LoRAs in turns over one LoRA, in one process, on tiny FLUX.1.
+- `rotation8_over_one`: jobs per second with 8 LoRAs in turns over one LoRA (`tests.benchmarks.rotation`), and
+  the same for 64 LoRAs, and with `_2` for two replicas.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
@@ -29,27 +30,17 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from cluster.objects import DirectoryStore
-from deployments.catalog import CATALOG
-from deployments.checkpoints import Checkpoints
-from deployments.engine import Engine
 from deployments.loras.adapters import Adapters
 from deployments.loras.conversion import Converter, layers_of
 from deployments.loras.host import HostTier
 from deployments.loras.references import LoraFile, open_lora
-from deployments.rendering import Report, Unwatched, render_job
-from deployments.tiny import write_tiny_checkpoints, write_tiny_lora
-from serve_app.admission import admit
-from serve_app.render import open_sources
-from serve_app.schemas import InferenceRequest
-from serve_app.settings import Settings
+from tests.benchmarks.rotation import measure_rotations
 
 StateDict: TypeAlias = Mapping[str, torch.Tensor]
 
 RANKS = (16, 64)
+REPLICAS = (1, 2)
 ROUNDS = 7
-ROTATIONS = (1, 2, 8, 64)
-JOBS = 64
 ROOM = 1 << 40
 """Bytes that no budget here is meant to bound."""
 
@@ -151,34 +142,6 @@ def load_and_set(model: FluxTransformer2DModel, path: Path) -> None:
     model.delete_adapters("cold")
 
 
-def measure_rotations(folder: Path, device: torch.device) -> dict[str, float]:
-    """Return jobs per second with so many LoRAs in turns, of which the device has room for 16."""
-    write_tiny_checkpoints(folder / "checkpoints")
-    for seed in range(max(ROTATIONS)):
-        write_tiny_lora(folder / "loras" / f"{seed}.safetensors", seed)
-    store, settings = DirectoryStore(folder / "store"), Settings(loras=folder / "loras")
-    room = 16 * 4 * (folder / "loras" / "0.safetensors").stat().st_size // 2
-    checkpoints = Checkpoints(folder / "checkpoints", None)
-    engine = Engine(CATALOG["flux"], checkpoints, device=device.type, adapter_bytes=room)
-    engine.load()
-    loras, controls = open_sources(settings, store)
-
-    def render(lora: int) -> float:
-        prompt = {"prompt": "a red fox", "width": 128, "height": 128, "sample_steps": 4, "seed": lora}
-        body = {"model": "flux", "loras": [{"path": f"{lora}.safetensors"}], "prompts": [prompt]}
-        spec = admit(InferenceRequest.model_validate(body), settings, store)
-        follow: dict[str, Any] = {"observer": Unwatched(), "report": Report()}
-        return timed(device, lambda: list(render_job(engine, spec, loras=loras, controls=controls, **follow)))
-
-    for lora in range(max(ROTATIONS)):  # Bring each to host memory.
-        render(lora)
-    taken: dict[int, list[float]] = {count: [] for count in ROTATIONS}
-    for turn in range(JOBS):
-        for count, seconds in taken.items():
-            seconds.append(render(turn % count))
-    return {f"{count} in turns": 1 / statistics.median(seconds) for count, seconds in taken.items()}
-
-
 def show(title: str, figures: Mapping[str, float]) -> None:
     table = Table(title=title)
     for name in figures:
@@ -197,15 +160,21 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             switches[rank] = measure_switches(Path(scratch), rank, device)
         show(f"rank {rank}, {device}: ms to another LoRA (disk: read, checked and converted)", switches[rank])
-    with tempfile.TemporaryDirectory() as scratch:
-        rotations = measure_rotations(Path(scratch), device)
-    show("jobs per second of one engine", rotations)
+    rotations = {}
+    for replicas in REPLICAS:
+        with tempfile.TemporaryDirectory() as scratch:
+            rotations[replicas] = measure_rotations(Path(scratch), replicas, device.type)
+        told = {f"{loras} in turns": figure for loras, figure in rotations[replicas].items()}
+        show(f"jobs per second, replicas: {replicas}", told)
     small = switches[RANKS[0]]
     figures = {
         "resident_switch_ms": small["resident"],
         "host_switch_over_floor": small["host"] / small["floor"],
         "hotswap_over_ours": small["hotswap"] / small["host"],
-        "rotation8_over_one": rotations["8 in turns"] / rotations["1 in turns"],
+        "rotation8_over_one": rotations[1][8] / rotations[1][1],
+        "rotation64_over_one": rotations[1][64] / rotations[1][1],
+        "rotation8_over_one_2": rotations[2][8] / rotations[2][1],
+        "rotation64_over_one_2": rotations[2][64] / rotations[2][1],
     }
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
 

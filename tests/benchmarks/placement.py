@@ -12,31 +12,23 @@ Takes about seven minutes. The last line is one JSON object; a hit is a job for 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import statistics
 import tempfile
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing.synchronize import Event
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 from rich.console import Console
 from rich.table import Table
 
-from cluster.jobs import JobState, NewJob
-from cluster.objects import DirectoryStore
+from cluster.jobs import JobState
 from cluster.queue import JobQueue
-from deployments.claiming import ClaimLoop
-from deployments.heartbeat import Heartbeat
-from deployments.render import LoraSpec, PromptSpec, RenderSpec
+from deployments.render import PromptSpec
 from deployments.tiny import write_tiny_checkpoints, write_tiny_lora
-from serve_app.render import open_sources
-from serve_app.settings import Settings
 from tests.benchmarks.multiplexed import Callers, multiplexed
+from tests.benchmarks.replicas import job_with, workers
 from tests.benchmarks.slowed import LOAD_S, slow_engine
 
 Outcome: TypeAlias = tuple[bool, float]
@@ -51,8 +43,6 @@ WARM_UP = 60
 """Jobs that are not counted: every LoRA is new once."""
 
 COUNTED = 160
-
-SPAWN = multiprocessing.get_context("spawn")
 
 PROMPT = PromptSpec(prompt="a road", neg="", width=64, height=64, steps=1, guidance=4.0, seed=1)
 
@@ -76,55 +66,15 @@ def send(submit: Callable[[str], object]) -> None:
         submit(name)
 
 
-def work(folder: Path, url: str, age_bound_s: float, owner: str, loaded: Event, stop: Event) -> None:
-    """Be one replica: a claim loop without Ray."""
-    queue, store = JobQueue(url, age_bound_s=age_bound_s), DirectoryStore(folder / "outputs")
-    loras, controls = open_sources(Settings(loras=folder / "loras", lora_cache=folder / "cache"), store)
-    heartbeat = Heartbeat(queue, owner, "flux", warm=lambda: loop.warm, lease_s=30)
-    loop = ClaimLoop(
-        slow_engine(folder), queue, store, heartbeat, owner=owner, loras=loras, controls=controls
-    )
-    heartbeat.start()
-    loop.start()
-    loop.loaded.wait()
-    loaded.set()
-    stop.wait()
-    loop.drain(10)
-    heartbeat.close()
-
-
-@contextmanager
-def workers(folder: Path, url: str, age_bound_s: float) -> Iterator[None]:
-    stop, loaded = SPAWN.Event(), [SPAWN.Event() for _ in range(REPLICAS)]
-    processes = [
-        SPAWN.Process(target=work, args=(folder, url, age_bound_s, f"replica-{n}", event, stop), daemon=True)
-        for n, event in enumerate(loaded)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        for event in loaded:
-            assert event.wait(300), "a replica did not load"
-        yield
-    finally:
-        stop.set()
-        for process in processes:
-            process.join()
-
-
 def through_claims(folder: Path, *, age_bound_s: float) -> Sequence[Outcome]:
     """Send the requests to our queue."""
     url = f"sqlite:///{folder}/jobs-{age_bound_s:g}.db"
     queue, ids = JobQueue(url), list[str]()
 
     def submit(lora: str) -> None:
-        spec = RenderSpec(model="flux", loras=(LoraSpec(path=lora),), prompts=(PROMPT,))
-        row = NewJob(
-            id=str(uuid.uuid4()), model="flux", spec=spec.model_dump(mode="json"), adapter=spec.adapter
-        )
-        ids.extend(job.id for job in queue.submit([row]))
+        ids.extend(job.id for job in queue.submit([job_with(lora, PROMPT)]))
 
-    with workers(folder, url, age_bound_s):
+    with workers(REPLICAS, slow_engine, folder, url, age_bound_s):
         send(submit)
         while len(queue.finished(ids)) < len(ids):
             time.sleep(0.2)

@@ -11,9 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import Connection
 
-from cluster import reports
+from cluster.queue import JobQueue
 from serve_app import backlog
 from serve_app.backlog import COUNT_S
 from tests.cluster.tables import new_job
@@ -122,13 +121,13 @@ def test_a_bound_counts_what_came_past_this_gateway_after_a_second(tmp_path: Pat
 
 def test_a_queue_is_not_counted_for_every_submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = []
-    really = reports.waiting
+    really = JobQueue.waiting
 
-    def waiting(connection: Connection, tenant: str) -> tuple[int, int]:
+    def waiting(queue: JobQueue, tenant: str) -> tuple[int, int]:
         counted.append(tenant)
-        return really(connection, tenant)
+        return really(queue, tenant)
 
-    monkeypatch.setattr(reports, "waiting", waiting)
+    monkeypatch.setattr(JobQueue, "waiting", waiting)
     monkeypatch.setattr(backlog, "COUNT_S", 60.0)
     with limited(tmp_path, in_all=100, per_key=10) as service:
         for _ in range(10):

@@ -87,10 +87,11 @@ def fill(page: Page, prompts: str, lora: str = "style.safetensors", steps: int =
 
 def submit(page: Page) -> Locator:
     """Press the button; return the card of the new job."""
-    count = page.locator(".card").count()
-    page.get_by_role("button", name="Generate").click()
-    expect(page.locator(".card")).to_have_count(count + 1)
-    return newest(page)
+    with page.expect_response("**/v1/inference") as answered:
+        page.get_by_role("button", name="Generate").click()
+    card = page.locator(f"#job-{answered.value.json()['request_id']}")
+    expect(card).to_be_visible()
+    return card
 
 
 def newest(page: Page) -> Locator:
