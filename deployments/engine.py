@@ -215,7 +215,9 @@ class Engine:
 
     def _sound(self, output: Any) -> Sound | None:  # noqa: ANN401 - any pipeline's output
         rate = self.spec.video.sound_rate if self.spec.video else None
-        return Sound(_finite(output.audio[0].float().cpu().numpy()), rate) if rate else None
+        if rate is None or output.audio is None:
+            return None
+        return Sound(_finite(output.audio[0].float().cpu().numpy()), rate)
 
     @property
     def _loaded_adapters(self) -> Adapters:

@@ -59,10 +59,10 @@ ROWS = (
         licence="minimax-community",
         preview=Preview(
             differs="The text encoder sees the control image at its own size, and the first 512 tokens of a"
-            " prompt; `fps` is ignored.",
+            " prompt; `fps` is ignored, and a request for one frame gets one, without sound.",
             fields={
                 "arguments": "minimax_h3.preview_arguments",
-                "video": replace(VIDEO, other_fps="ignored"),
+                "video": replace(VIDEO, other_fps="ignored", single=True, fewest=1),
             },
         ),
     ),

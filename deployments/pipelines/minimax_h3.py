@@ -83,10 +83,10 @@ class TextEncoder(Qwen3VLForConditionalGeneration):
 
 @dataclass(frozen=True, slots=True)
 class VideoWithSound:
-    """Frames float32 [1, F, H, W, 3] in 0..1, and a waveform float32 [1, 2, samples] in -1..1."""
+    """Frames float32 [1, F, H, W, 3] in 0..1, and a waveform float32 [1, 2, samples] in -1..1 or none."""
 
     frames: np.ndarray
-    audio: Tensor
+    audio: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +151,9 @@ class MiniMaxH3Pipeline(DiffusionPipeline):
         output_type: str = "np",
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], object] | None = None,
     ) -> VideoWithSound:
-        """Render `num_frames` (5 and any number of 17 more) at 24 a second, sides multiples of 32 pixels.
+        """Render `num_frames` at 24 a second, sides multiples of 32 pixels.
 
+        There are 5 of them and any number of 17 more, with sound, or a single one without.
         `image` is the first frame, of the video's size, and `seen` what the text encoder sees of it. A prompt
         is cut to `most_tokens`. `guidance_scale` has no effect. From `generator`, on the CPU, comes the noise
         of the first frame, of the video, then of the sound.
@@ -160,8 +161,9 @@ class MiniMaxH3Pipeline(DiffusionPipeline):
         device = self._execution_device
         text, tags = self._read(prompt.strip(), seen, most_tokens)
         ratio = self.vae.spatial_compression_ratio
-        shape = ((num_frames - 5) // 17 * 5 + 2, height // ratio, width // ratio)
-        length = audio_latent_num_frames(num_frames)
+        single = num_frames == 1
+        shape = (1 if single else (num_frames - 5) // 17 * 5 + 2, height // ratio, width // ratio)
+        length = 0 if single else audio_latent_num_frames(num_frames)
         first = self._encode(image, generator) if image else []
         latents = torch.randn(1, self.vae.config.latent_channels, *shape, generator=generator)
         sound = torch.randn(1, 2, self.audio_vae.config.latent_channels, length, generator=generator)
@@ -170,9 +172,8 @@ class MiniMaxH3Pipeline(DiffusionPipeline):
         sound_rows = sound[0].permute(0, 2, 1).flatten(0, 1).to(device)
         layout = self._lay_out(tags, shape, length, has_first=bool(first))
         self._denoise(rows, sound_rows, text, layout, num_inference_steps, callback_on_step_end)
-        return VideoWithSound(
-            self._decode(rows[layout.given :], shape, num_frames), self._decode_sound(sound_rows, length)
-        )
+        frames = self._decode(rows[layout.given :], shape, num_frames)
+        return VideoWithSound(frames, self._decode_sound(sound_rows, length) if length else None)
 
     def _read(self, prompt: str, seen: Image.Image | None, most_tokens: int | None) -> tuple[Tensor, Tensor]:
         """Return the text's states (1, L, channels) and the kind of each of them (L,): text or picture."""
@@ -279,7 +280,7 @@ class MiniMaxH3Pipeline(DiffusionPipeline):
         patches = rows.reshape(1, frames, height // rise, width // run, config.latent_channels, 1, rise, run)
         latents = patches.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(1, config.latent_channels, *shape)
         latents = latents * _along(config.latents_std, latents) + _along(config.latents_mean, latents)
-        # Of the shortest video the VAE cannot decode the two latents there are.
+        # The VAE cannot decode the one latent of a picture, or the two of the shortest video.
         missing = max(_LEAST_LATENTS - frames, 0)
         latents = torch.cat([latents, latents[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
         video = self.vae.decode(latents, return_dict=False)[0][:, :, :num_frames].float()

@@ -43,6 +43,15 @@ def test_the_number_of_frames() -> None:
     assert {wanted: video.floor(wanted) for wanted in frames} == frames
 
 
+def test_a_preview_of_one_frame_is_a_picture(used: Studio) -> None:
+    made = media(used, num_frames=1, width=96, sampling="preview")
+    assert made.pixels.shape == (1, 64, 96, 3)
+    assert made.sound is None
+    assert made.pixels.std() > 10
+    with_image = media(used, [IMAGE], num_frames=1, width=96, sampling="preview")
+    assert not np.array_equal(with_image.pixels, made.pixels)
+
+
 @pytest.mark.parametrize(("wanted", "frames", "latents"), [(5, 5, 8), (38, 22, 37)])
 def test_sound_lasts_as_long_as_the_frames_that_come_out(
     used: Studio, wanted: int, frames: int, latents: int

@@ -86,6 +86,11 @@ def test_a_preview_of_minimax_h3_ignores_the_rate(place: Path) -> None:
     assert admitted(place, request).prompts[0].fps == 24
 
 
+def test_a_preview_of_minimax_h3_may_be_one_frame(place: Path) -> None:
+    request = body(model="minimax_h3", prompt={"num_frames": 1}, sampling="preview")
+    assert admitted(place, request).prompts[0].num_frames == 1
+
+
 def test_of_several_images_minimax_h3_takes_the_first(place: Path) -> None:
     images = {"ctrl_img_2": base64_png(), "ctrl_img_3": base64_png(), "ctrl_img": base64_png()}
     assert len(admitted(place, body(model="minimax_h3", prompt=images)).prompts[0].controls) == 1
