@@ -214,4 +214,4 @@ class IdempotencyConflict(Exception):
 
 
 class StoreUnavailable(Exception):
-    """The job table cannot be reached now; nothing was changed."""
+    """The job table cannot be reached now. A write whose answer was lost may stand, as a whole."""

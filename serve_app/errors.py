@@ -81,7 +81,7 @@ class Code(Enum):
     FIELD_INVALID = 422, "A field is missing or has no valid value; details.errors says which."
     REQUEST_CANCELED = 409, "The request was canceled before it had made its pictures."
     WAIT_OVER = 504, "The end of the request was not seen in time. It is stored: ask for its result."
-    STORE_UNAVAILABLE = 503, "The service cannot reach its store now; nothing was changed. Try again."
+    STORE_UNAVAILABLE = 503, "The service cannot reach its store now. Try again."
     INTERNAL_ERROR = 500, "The service failed on this request; its log says why."
 
     @property
