@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,12 +27,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 for secret in ("API_KEYS", "API_KEYS_FILE", "SECRET_KEY", "WEBHOOK_SECRET"):
     os.environ.pop(secret, None)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the file that takes longest, then the large ones: short ones fill the gaps at the end."""
-    longest, tests = Path(__file__).parent / "parity" / "test_http.py", Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path != longest, -tests[item.path]))
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,8 @@ FOLDER = Path(__file__).parent
 
 MODELS = tuple(sorted(file.parent.name for file in FOLDER.glob("*/cases.json")))
 
-SLOW = frozenset(model for model in MODELS if model.startswith("qwen_image_edit") or model == "hidream")
-"""Ids that see or draw a megapixel whatever the request says: a picture takes seconds."""
+SLOW = frozenset({"hidream"})
+"""Ids that draw a megapixel whatever the request says: a picture takes seconds."""
 
 
 def each(models: Iterable[str]) -> list[Any]:

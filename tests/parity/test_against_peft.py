@@ -17,6 +17,8 @@ from deployments.loras.references import open_lora
 from tests.parity.cases import FOLDER, MODELS, each
 from tests.studio import Studio, largest_difference
 
+pytestmark = pytest.mark.usefixtures("small_canvas")
+
 Get = Callable[[str], Studio]
 
 # diffusers loads nothing from the trainer's files for Chroma, and has neither HiDream-O1 nor OmniGen2; our

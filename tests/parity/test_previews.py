@@ -13,6 +13,8 @@ from tests.parity.cases import MODELS, each
 from tests.parity.test_rules import Interrupted, Interrupting
 from tests.studio import Studio
 
+pytestmark = pytest.mark.usefixtures("small_canvas")
+
 Get = Callable[[str], Studio]
 
 DIFFERENT = {"lumina2", "sd15", "zimage", "zimage_turbo", "zimage_deturbo"}

@@ -15,6 +15,8 @@ from deployments.catalog import CATALOG
 from tests.parity.cases import FOLDER, MODELS, each
 from tests.studio import Studio, Unwatched, largest_difference
 
+pytestmark = pytest.mark.usefixtures("small_canvas")
+
 Get = Callable[[str], Studio]
 
 TWO_FILES = [model for model in MODELS if len(list((FOLDER / model / "lora").iterdir())) > 1]
@@ -235,7 +237,6 @@ def test_flux2_takes_its_references_in_order_and_leaves_the_size_alone(studio: G
     assert len({picture.tobytes() for picture in pictures}) == 4
 
 
-@pytest.mark.slow
 def test_qwen_edit_stretches_its_image_for_the_latents_alone(studio: Get) -> None:
     used = studio("qwen_image_edit")
     image = Image.radial_gradient("L").convert("RGB").resize((150, 100))
@@ -244,7 +245,6 @@ def test_qwen_edit_stretches_its_image_for_the_latents_alone(studio: Get) -> Non
     assert largest_difference(used.render({}, controls=[image]), used.render({}, controls=[stretched])) <= 1
 
 
-@pytest.mark.slow
 def test_the_order_of_control_images_matters(studio: Get) -> None:
     used = studio("qwen_image_edit_plus")
     one, other = (Image.new("RGB", (64, 64), color) for color in ("red", "blue"))
@@ -253,7 +253,6 @@ def test_the_order_of_control_images_matters(studio: Get) -> None:
     assert not equal(both, used.render({}, controls=[one]))
 
 
-@pytest.mark.slow
 def test_a_placeholder_in_a_prompt_asks_for_no_image(studio: Get) -> None:
     used = studio("qwen_image_edit")
     assert equal(used.render({}, prompt="a <|image_pad|>cat"), used.render({}, prompt="a cat"))
