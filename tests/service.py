@@ -119,6 +119,8 @@ def serve_run(config: str, port: int, folder: Path, environment: Mapping[str, st
         # Its replicas' ports: on the usual ones a service beside this one would take its requests.
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replica_port),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replica_port + 100),
+        # Of 5 s a machine with several clusters needs more, and Serve's proxy would be given up.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "BASE_URL": base_url,
         "DEVICE": "cpu",
         "HF_HUB_OFFLINE": "1",

@@ -10,6 +10,7 @@ from multiprocessing.synchronize import Event
 
 import pytest
 
+from cluster.connect import open_queue
 from cluster.jobs import JobState
 from cluster.queue import JobQueue
 from tests.cluster.tables import MODEL, STEP, check_history, claim, new_job, state_of, submit
@@ -21,7 +22,7 @@ JOBS = 240
 
 def work(url: str, owner: str, submitted: Event, claimed: Queue[list[str]]) -> None:
     """Claim, beat and finish until all jobs were submitted and have ended; report what was claimed."""
-    queue, mine, warm, dice = JobQueue(url), [], [], random.Random(owner)
+    queue, mine, warm, dice = open_queue(url), [], [], random.Random(owner)
     while True:
         held = queue.claim(MODEL, owner, warm=warm[-3:], patience_s=0.1)
         if held is None:
@@ -73,7 +74,7 @@ def test_no_job_is_claimed_twice_and_none_is_lost(url: str) -> None:
 
 def hold(url: str, owner: str, claimed: Queue[str]) -> None:
     """Claim one job and renew it without an end."""
-    queue = JobQueue(url, lease_s=2.0)
+    queue = open_queue(url, lease_s=2.0)
     held = claim(queue, owner)
     claimed.put(held.job.id)
     while True:
@@ -106,7 +107,7 @@ def test_the_job_of_a_killed_worker_runs_again_when_its_lease_ends(url: str) -> 
 
 def write_and_die(url: str, begun: Queue[bool]) -> None:
     """Die without a word in the middle of a transaction."""
-    queue = JobQueue(url)
+    queue = open_queue(url)
     with queue._database.write() as connection:
         connection.exec_driver_sql("DELETE FROM jobs")
         begun.put(True)
