@@ -62,7 +62,7 @@ ROWS = (
             " prompt; `fps` is ignored, and a request for one frame gets one, without sound.",
             fields={
                 "arguments": "minimax_h3.preview_arguments",
-                "video": replace(VIDEO, other_fps="ignored", single=True, fewest=1),
+                "video": replace(VIDEO, other_fps="ignored", fewest=1),
             },
         ),
     ),

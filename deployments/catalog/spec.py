@@ -59,10 +59,10 @@ class Video:
     """What a model that makes videos makes by default, and the numbers of frames that it can make.
 
     They are `least` and each `step` more; a request for another number gets the next lower one, but with
-    `multiples_go_up` one for a multiple of `step` gets `least` frames more, and with `single` one for one
-    frame gets that, without sound. Requests for less than `fewest` are refused; `other_fps` says what becomes
-    of one for a rate that is not `fps`. `sound_rate` is in samples a second where it makes sound too.
-    `formats` begin with the default.
+    `multiples_go_up` one for a multiple of `step` gets `least` frames more. Requests for less than `fewest`
+    are refused; where a single frame is not, one for it gets it. `other_fps` says what becomes of one for a
+    rate that is not `fps`. `sound_rate` is in samples a second where it makes sound too. `formats` begin with
+    the default.
     """
 
     frames: int = 41
@@ -70,7 +70,6 @@ class Video:
     least: int = 1
     step: int = 4
     multiples_go_up: bool = False
-    single: bool = False
     fewest: int = 1
     other_fps: Literal["taken", "refused", "ignored"] = "taken"
     sound_rate: int | None = None
@@ -78,7 +77,7 @@ class Video:
 
     def floor(self, frames: int) -> int:
         """Return how many frames a request for `frames` gets."""
-        if self.single and frames == 1:
+        if frames == 1:
             return 1
         steps = (frames if self.multiples_go_up else frames - self.least) // self.step
         return self.least + self.step * max(steps, 0)

@@ -111,7 +111,7 @@ def check_sound(ours: tuple[str, Sound] | None, encoded: tuple[str, Sound] | Non
     assert lost < 1.1 * lost_of_golden
 
 
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(1200)
 def test_every_id_through_the_committed_config(tmp_path: Path, checkpoints: Path) -> None:
     """All models share two cores: replicas come from zero, and idle ones make room for those that wait."""
     port = free_port()
