@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Mapping
 
-from cluster.connect import open_queue
 from cluster.jobs import Depth, StoreUnavailable
 from cluster.queue import JobQueue
 
@@ -20,7 +19,8 @@ STALE_S = 5.0
 """Age at which a reading no longer counts: the table is away."""
 
 DEPLOYED_S = 10.0
-"""How long a model counts as deployed here after its policy has asked; Serve asks several times a second."""
+"""How long a model counts as deployed here after its policy has asked; Serve asks several times a second.
+With no model deployed the table is not read."""
 
 
 class LoadReader:
@@ -31,6 +31,7 @@ class LoadReader:
         self._depths: Mapping[str, Depth] = {}
         self._read_at = float("-inf")
         self._asked: dict[str, float] = {}
+        self._wanted_at = time.monotonic()
         threading.Thread(target=self._loop, name="load-reader", daemon=True).start()
 
     def latest(self, model: str) -> Mapping[str, Depth] | None:
@@ -40,7 +41,7 @@ class LoadReader:
         nobody: they must not make others yield.
         """
         now = time.monotonic()
-        self._asked[model] = now
+        self._asked[model] = self._wanted_at = now
         if now - self._read_at >= STALE_S:
             return None
         deployed = {name for name, asked in self._asked.copy().items() if now - asked < DEPLOYED_S}
@@ -49,13 +50,15 @@ class LoadReader:
     def _loop(self) -> None:
         queue: JobQueue | None = None
         while True:
+            time.sleep(READ_S)
+            if time.monotonic() - self._wanted_at > DEPLOYED_S:
+                continue
             try:
-                queue = queue or open_queue(self._url)
+                queue = queue or JobQueue(self._url)
                 self._depths, self._read_at = queue.depths(), time.monotonic()
             except StoreUnavailable:
                 logger.warning("the job table is away; replica counts stay as they are")
                 time.sleep(STALE_S)
-            time.sleep(READ_S)
 
 
 _readers: dict[str, LoadReader] = {}

@@ -13,6 +13,7 @@ from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 from sqlalchemy import update
 
+from cluster import load
 from cluster.database import open_database
 from cluster.jobs import JobState, NewJob
 from cluster.queue import JobQueue
@@ -215,3 +216,13 @@ def test_the_policy_travels_as_serve_sends_it(queue: JobQueue, url: str) -> None
     submit(queue, "flux")
     made = restored(**policy.policy_kwargs)
     wait_until(lambda: decided(made) == 1, 5, "a decision of the restored policy")
+
+
+def test_a_table_of_which_nobody_asks_is_not_read(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "STALE_S", 0.5)
+    monkeypatch.setattr(load, "DEPLOYED_S", 0.5)
+    reader = load.LoadReader(url)
+    wait_until(lambda: reader.latest("flux") is not None, 5, "a reading")
+    time.sleep(1.5)
+    assert reader.latest("flux") is None
+    wait_until(lambda: reader.latest("flux") is not None, 5, "a reading again")
