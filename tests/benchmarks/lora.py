@@ -5,7 +5,7 @@ weights. The model's own weights are one number each, seen in the layers' shapes
 GB would. Rounds take each way in turn, so that a busy machine slows all. The last line is one JSON object:
 
 - `resident_switch_ms`: to another adapter on the device, rank 16;
-- `host_switch_over_floor`: from host memory, rank 16, over one allocation and one copy of as many bytes;
+- `host_switch_over_floor`: from host memory, rank 16, over a copy of as many bytes into memory in use;
 - `hotswap_over_ours`: diffusers' hot swap from a state dict in memory over ours from host memory, rank 16;
 - `rotation8_over_one`: jobs per second with 8 LoRAs in turns over one LoRA (`tests.benchmarks.rotation`), and
   the same for 64 LoRAs, and with `_2` for two replicas.
@@ -116,8 +116,8 @@ def measure_switches(folder: Path, rank: int, device: torch.device) -> dict[str,
     theirs.load_lora_adapter(dict(states[0]), adapter_name="hot")
     ways: Mapping[str, Callable[[LoraFile, StateDict], object]] = {
         "resident": lambda file, _: ours.switch(file),
-        "floor": lambda *_: source.to(device, non_blocking=True, copy=True),
-        "copy over": lambda *_: there.copy_(source, non_blocking=True),
+        "floor": lambda *_: there.copy_(source, non_blocking=True),
+        "allocate + copy": lambda *_: source.to(device, non_blocking=True, copy=True),
         "host": lambda file, _: ours.switch(file),
         "hotswap": lambda _, state: theirs.load_lora_adapter(dict(state), adapter_name="hot", hotswap=True),
     }

@@ -39,3 +39,12 @@ def test_what_several_layers_share_is_stored_once() -> None:
     assert packed.bytes == 4 * (16 * 64 + 48 * 16)
     copied = torch.cat([delta.tensors[1] for delta in packed.copy(CPU).deltas.values()])
     assert torch.equal(copied, whole.up)
+
+
+def test_a_large_copy_has_memory_of_its_own() -> None:
+    large = LowRank(noise(64, 16384), noise(48, 64), 1.0, torch.float32)
+    packed = pack({("t", "a"): large}, {("t", "a"): torch.float32}, pinned=False)
+    copies = [packed.copy(CPU) for _ in range(2)]
+    copies[0].buffer.zero_()
+    assert torch.equal(copies[1].deltas["t", "a"].tensors[0], large.down)
+    assert packed.buffer.count_nonzero() > 0
