@@ -50,15 +50,14 @@ class LoadReader:
     def _loop(self) -> None:
         queue: JobQueue | None = None
         while True:
-            time.sleep(READ_S)
-            if time.monotonic() - self._wanted_at > DEPLOYED_S:
-                continue
             try:
-                queue = queue or JobQueue(self._url)
-                self._depths, self._read_at = queue.depths(), time.monotonic()
+                if time.monotonic() - self._wanted_at < DEPLOYED_S:
+                    queue = queue or JobQueue(self._url)
+                    self._depths, self._read_at = queue.depths(), time.monotonic()
             except StoreUnavailable:
                 logger.warning("the job table is away; replica counts stay as they are")
                 time.sleep(STALE_S)
+            time.sleep(READ_S)
 
 
 _readers: dict[str, LoadReader] = {}

@@ -140,7 +140,7 @@ def test_a_busy_model_does_not_yield_at_once(queue: JobQueue, url: str) -> None:
     claim = queue.claim("flux", "worker")
     assert claim is not None
     grow_old(url, 2 * YIELD_AFTER_S)
-    wait_until(lambda: policy(context(1, 1))[0] == 1, 5, "a reading")
+    wait_until(lambda: policy(context(1, 9))[0] == 1, 5, "a reading")
     assert decided(policy, current=1, downscale_to_zero_delay_s=300.0) == 1
     queue.finish(claim, JobState.SUCCEEDED)
     wait_until(lambda: decided(policy, current=1, downscale_to_zero_delay_s=300.0) == 0, 5, "yielding")
@@ -155,7 +155,7 @@ def test_a_busy_model_yields_one_replica_to_a_job_that_waited_long(queue: JobQue
         assert queue.claim(model, f"{model}-{uuid.uuid4()}", patience_s=0) is not None
     grow_old(url, 2 * YIELD_BUSY_AFTER_S)
     submit(queue, "flux")
-    wait_until(lambda: flux(context(3, 3))[0] == 3, 5, "a reading")
+    wait_until(lambda: flux(context(3, 9))[0] == 3, 5, "a reading")
     served = {"phase": "serving", "since": time.time() - 2 * YIELD_BUSY_AFTER_S}
     first = context(3, 3)
     assert flux(first)[0] == 3, "its turn has just begun"
