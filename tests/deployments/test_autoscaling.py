@@ -155,11 +155,11 @@ def test_a_busy_model_yields_one_replica_to_a_job_that_waited_long(queue: JobQue
         assert queue.claim(model, f"{model}-{uuid.uuid4()}", patience_s=0) is not None
     grow_old(url, 2 * YIELD_BUSY_AFTER_S)
     submit(queue, "flux")
-    wait_until(lambda: flux(context(3, 9))[0] == 3, 5, "a reading")
     served = {"phase": "serving", "since": time.time() - 2 * YIELD_BUSY_AFTER_S}
     first = context(3, 3)
-    assert flux(first)[0] == 3, "its turn has just begun"
     first.policy_state = served
+    wait_until(lambda: "most" in flux(first)[1], 5, "yielding")
+    assert flux(context(3, 3))[0] == 3, "its turn has just begun"
     desired, state = flux(first)
     assert (desired, state["most"]) == (2, 2)
     # The replica drains, the other model's starts: one is enough until then.
