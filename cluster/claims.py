@@ -25,8 +25,9 @@ from cluster.jobs import Job, JobState
 from cluster.schema import job_outputs, jobs, now, warm, workers
 from cluster.transitions import job_of
 
-_MAX_LEFT = 8
-"""Adapters whose jobs a replica may pass over in one claim; each costs a walk of the queue."""
+_MAX_LEFT = 16
+"""Adapters whose jobs a replica may pass over in one claim; each costs a walk of the queue.
+Then it looks only at those that it holds, half as many."""
 
 _queued = jobs.alias("queued")
 
@@ -60,12 +61,16 @@ def choose(
     """Return the `seq` of the first job in the order of `next_job` that is taken, None if there is none.
 
     With it come the adapters that are on their way. Of an adapter whose job is not taken no other job is
-    offered: it would not be taken either.
+    offered: it would not be taken either. However many are not taken, the adapters that `owner` holds are
+    looked at: they must not wait for another's origin.
     """
     passed: frozenset[str] = frozenset()
     coming: set[str] = set()
-    while len(passed) <= _MAX_LEFT:
-        chosen = next_job(model, owner, age_bound_s=age_bound_s, patience_s=patience_s, without=passed)
+    for turn in range(_MAX_LEFT * 3 // 2):
+        if turn < _MAX_LEFT:
+            chosen = next_job(model, owner, age_bound_s=age_bound_s, patience_s=patience_s, without=passed)
+        else:
+            chosen = _next_held(model, owner, passed)
         row = connection.execute(select(jobs).where(jobs.c.seq == chosen)).mappings().one_or_none()
         if row is None:
             break
@@ -119,6 +124,12 @@ def next_job(
         _oldest(model, others, ~_held_by_a_replica()),
         _oldest(model, others, _queued.c.created_at <= now() - patience_s),
     )
+
+
+@lru_cache
+def _next_held(model: str, owner: str, without: frozenset[str]) -> ColumnElement[int]:
+    """Return the `seq` of the oldest job whose LoRA `owner` holds, NULL if there is none."""
+    return _oldest_of(model, _held_adapter_of_oldest(model, owner, without))
 
 
 def announce(

@@ -64,7 +64,8 @@ class Heartbeat:
         self._thread.start()
 
     def watch(self, run: Run) -> None:
-        """Begin to renew the lease of a run."""
+        """Begin to renew the lease of a run, which stops by itself after two thirds of one without."""
+        run.unrenewed_s = self._lease_s * 2 / 3
         self._runs[run.prefix] = run
 
     def forget(self, run: Run) -> None:
@@ -106,7 +107,7 @@ class Heartbeat:
             # Another worker may take the job when the lease ends: be out of the pipeline before that. The try
             # itself took its time.
             unrenewed = time.monotonic() - run.renewed
-            if unrenewed > self._lease_s * 2 / 3:
+            if unrenewed > run.unrenewed_s:
                 run.stop(Stop.LEASE_LOST)
             if unrenewed > self._lease_s:
                 logger.error("job %s did not stop before its lease ended; ending", run.claim.job.id)

@@ -100,7 +100,8 @@ class Prefetcher:
 
     def close(self) -> None:
         """Bring nothing more, and let go of what is here; jobs stay in the queue."""
-        self._closing.set()
+        with self._lock:
+            self._closing.set()
         self._bringers.shutdown(wait=False, cancel_futures=True)
         with self._lock:
             for arrival in self._arrivals.values():
@@ -125,8 +126,12 @@ class Prefetcher:
             if arrival := self._arrivals.get(job.id):
                 arrival.claimed = arrival.done
                 return Answer.TAKE if arrival.done else Answer.BRING
-            spec = RenderSpec.model_validate(job.spec)
-            if all(self._loras.at_hand(lora) for lora in spec.loras):
+            try:
+                spec = RenderSpec.model_validate(job.spec)
+                asks_nobody = all(self._loras.at_hand(lora) for lora in spec.loras)
+            except (ValueError, OSError):
+                return Answer.TAKE  # Once it is claimed it fails with a code, and that counts as an attempt.
+            if asks_nobody:
                 return Answer.TAKE
             return Answer.BRING if self._bring(job, spec, secret, patience_s) else Answer.LEAVE
 
@@ -144,10 +149,12 @@ class Prefetcher:
                     self._bring_next()
             except StoreUnavailable:
                 logger.warning("the job table is away; nothing is brought ahead")
+            except Exception as error:
+                # The job that it met says more, once it is claimed.
+                logger.warning("nothing was brought ahead: %s", type(error).__name__)
 
     def _bring_next(self) -> None:
         with self._lock:
-            self._drop_old()
             coming = frozenset(each.job.adapter for each in self._arrivals.values() if not each.done)
         if foreseen := self._foresee(coming):
             job, secret = foreseen
@@ -204,6 +211,7 @@ class Prefetcher:
     def _drop_lost(self) -> None:
         """Drop what was brought for jobs that others have claimed, or that were canceled."""
         with self._lock:
+            self._drop_old()
             waiting = [each for each in self._arrivals.values() if each.done and not each.claimed]
         queued = self._queued([each.job.id for each in waiting]) if waiting else set()
         with self._lock:

@@ -127,3 +127,10 @@ def _change_references(spec: RenderSpec, change: Callable[[str], str]) -> Render
         for prompt in spec.prompts
     )
     return spec.model_copy(update={"loras": loras, "prompts": prompts})
+
+
+def without(text: str, token: str) -> str:
+    """Return a text without a token, not even where the removal of one would put another together."""
+    while token in text:
+        text = text.replace(token, "")
+    return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -45,6 +46,8 @@ class Run:
         self.spec = RenderSpec.model_validate(claim.job.spec)
         self.started = time.monotonic()
         self.renewed = self.started
+        self.unrenewed_s = math.inf
+        """Seconds after `renewed` when it has to stop: its lease is about to end, whoever hangs."""
         self.failure: JobFailure | None = None
         self.stopped: Stop | None = None
         self._lock = threading.Lock()
@@ -107,6 +110,8 @@ class Run:
 
     def check(self) -> None:
         """Raise `Stopped` if the job has to stop or has failed on another thread."""
+        if time.monotonic() - self.renewed > self.unrenewed_s:
+            self.stop(Stop.LEASE_LOST)
         if self.stopped is not None or self.failure is not None:
             raise Stopped
 

@@ -27,7 +27,9 @@ class _Dumper(yaml.SafeDumper):
 
 def render_config(models: Sequence[str]) -> str:
     """Return the YAML text for `models`, ids of the catalogue in any order; KeyError for another id."""
-    wanted = {CATALOG[model].id for model in models}
+    rows = [CATALOG[model] for model in models]
+    # The preview of one may be rendered by another.
+    wanted = {row.id for row in rows} | {row.sampled("preview").id for row in rows}
     families: dict[str, list[str]] = {}
     for row in CATALOG.values():
         if row.id in wanted:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, ValidationError
 
 from serve_app.schemas import LEAST_SIDE, MOST_SIDE, Guidance, Multiplier, Seed, Steps
 
@@ -22,7 +22,8 @@ class FlagError(ValueError):
 class Flags(BaseModel):
     """What the flags of a prompt say, within the bounds of the fields that they override.
 
-    Two have no field: `network_multiplier` is for this prompt alone, and `guidance_rescale` is SDXL's.
+    Two have no field: `network_multiplier` is for this prompt alone, and `guidance_rescale` is
+    SDXL's, without bounds; other models read it and ignore it.
     """
 
     neg: str | None = None
@@ -32,7 +33,7 @@ class Flags(BaseModel):
     guidance_scale: Guidance | None = None
     sample_steps: Steps | None = None
     network_multiplier: Multiplier | None = None
-    guidance_rescale: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    guidance_rescale: FiniteFloat = 0.0
 
     @property
     def overrides(self) -> dict[str, Any]:

@@ -174,6 +174,7 @@ ROWS = (
         scheduler=UNIPC_SHIFT_3,
         experts=EXPERTS,
         arguments="image_arguments",
+        during="rounded_start",
         control_images=ControlImages(least=1, most=1),
         video=FLOORED,
         steps=25,
@@ -205,6 +206,9 @@ ROWS = (
         memory_gib={"transformer": 9.3, "text_encoder": TEXT_GIB, "vae": 1.3},
         activations_gib=6.0,
         licence="Apache-2.0",
-        preview=Preview(differs="Sampled with Euler steps, not UniPC.", fields={"scheduler": EULER_SHIFT_5}),
+        preview=Preview(
+            differs="Sampled with Euler steps, not UniPC.",
+            fields={"scheduler": EULER_SHIFT_5, "during": "rounded_start"},
+        ),
     ),
 )

@@ -40,8 +40,9 @@ class _Switch:
         """Add the active deltas for the layer of this name to its output."""
         for deltas, multiplier in self._active:
             if delta := deltas.get(name):
-                added = delta(layer, inputs[0], in_file_dtype=self._in_file_dtype)
-                output = output + (added * (multiplier * delta.scale)).to(output.dtype)
+                factor = multiplier * delta.scale
+                added = delta(layer, inputs[0], factor, in_file_dtype=self._in_file_dtype)
+                output = output + added.to(output.dtype)
         return output
 
     @contextmanager

@@ -131,8 +131,8 @@ def _add(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:  # n
 
 def _add_parts(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:  # noqa: ANN401
     for delta, factor, in_file_dtype in layer.lora_parts:
-        added = delta(layer, inputs[0], in_file_dtype=in_file_dtype)
-        output = output + (added * factor).to(output.dtype)
+        added = delta(layer, inputs[0], factor, in_file_dtype=in_file_dtype)
+        output = output + added.to(output.dtype)
     return output
 
 

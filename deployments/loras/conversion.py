@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
@@ -24,6 +25,8 @@ from deployments.loras.references import LoraFile, digest
 from deployments.loras.targets import Layout, Shape, Target, Targets
 
 _EXAMPLES = 3
+
+_OF_WAN_21_IMAGES = re.compile(r"cross_attn[._](k|v)_img$|attn2[._]add_(k|v)_proj$|img_emb[._]")
 
 
 def layers_of(pipeline: Any) -> dict[LayerName, Layer]:  # noqa: ANN401 - any pipeline
@@ -134,7 +137,11 @@ def _warning(targets: Mapping[str, Target]) -> str | None:
     if not unmatched:
         return None
     counts = [f"{count} of {total[name]} of {name}" for name, count in Counter(unmatched.values()).items()]
-    return f"Modules of the LoRA that match no layer were left out ({', '.join(counts)}): {_some(unmatched)}."
+    cause = ""
+    if all(_OF_WAN_21_IMAGES.search(stem) for stem in unmatched):
+        cause = " It was trained for image to video of Wan 2.1, which alone has them."
+    left_out = f"{', '.join(counts)}): {_some(unmatched)}"
+    return f"Modules of the LoRA that match no layer were left out ({left_out}.{cause}"
 
 
 def _some(stems: Collection[str]) -> str:

@@ -24,7 +24,7 @@ class Delta(Protocol):
 
     @property
     def scale(self) -> float:
-        """The factor of the file's own alpha; the multiplier of a job comes on top."""
+        """The factor of the file's own alpha: part of the one to call with, beside the job's multiplier."""
         ...
 
     @property
@@ -44,16 +44,16 @@ class Delta(Protocol):
         """Exchange the two halves of the output."""
         ...
 
-    def __call__(self, layer: Layer, x: Tensor, *, in_file_dtype: bool = False) -> Tensor:
-        """Return the unscaled addition for the layer's input `x`, in the dtype of the weights.
+    def __call__(self, layer: Layer, x: Tensor, factor: float, *, in_file_dtype: bool = False) -> Tensor:
+        """Return `factor` times the addition for the layer's input `x`, in the dtype of the weights.
 
-        With `in_file_dtype` the product of two matrices is formed as a merge by hand forms it, in the dtype
-        of the file.
+        With `in_file_dtype` the product of two matrices and the factor is formed as a merge by hand forms it,
+        in the dtype of the file.
         """
         ...
 
-    def weight(self, *, in_file_dtype: bool = False) -> Tensor:
-        """Return the unscaled addition to the layer's weight, in float32, for `in_file_dtype` as above."""
+    def weight(self, factor: float, *, in_file_dtype: bool = False) -> Tensor:
+        """Return `factor` times the addition to the layer's weight, in float32; `in_file_dtype` as above."""
         ...
 
 
@@ -61,7 +61,8 @@ class Delta(Protocol):
 class LowRank:
     """`up @ down`: down [rank, in], up [out, rank]; for convolutions [rank, in, h, w], [out, rank, 1, 1].
 
-    The product for a linear layer, formed in the file's dtype, is rounded to that, as a merge would do it.
+    The product for a linear layer, formed in the file's dtype, is rounded to that, and again when multiplied
+    by the factor, as a merge would do it.
     """
 
     down: Tensor
@@ -87,20 +88,20 @@ class LowRank:
         """Exchange the two halves of the output."""
         return replace(self, up=self.up.roll(self.up.shape[0] // 2, 0))
 
-    def __call__(self, layer: Layer, x: Tensor, *, in_file_dtype: bool = False) -> Tensor:
-        """Return the unscaled addition for the layer's input `x`, in the dtype of the weights."""
+    def __call__(self, layer: Layer, x: Tensor, factor: float, *, in_file_dtype: bool = False) -> Tensor:
+        """Return `factor` times the addition for the layer's input `x`, in the dtype of the weights."""
         x = x.to(self.down.dtype)
         if isinstance(layer, torch.nn.Conv2d):
             inner = functional.conv2d(x, self.down, None, layer.stride, layer.padding, layer.dilation)
-            return functional.conv2d(inner, self.up)
+            return functional.conv2d(inner, self.up) * factor
         # In a dtype no wider than the file's, the product has that precision anyhow.
         if in_file_dtype and self.file_dtype.itemsize < x.dtype.itemsize:
-            return functional.linear(x, self._product(self.file_dtype).to(x.dtype))
-        return functional.linear(functional.linear(x, self.down), self.up)
+            return functional.linear(x, self.weight(factor, in_file_dtype=True).to(x.dtype))
+        return functional.linear(functional.linear(x, self.down), self.up) * factor
 
-    def weight(self, *, in_file_dtype: bool = False) -> Tensor:
-        """Return the unscaled addition to the layer's weight, in float32."""
-        return self._product(self.file_dtype if in_file_dtype else torch.float32).float()
+    def weight(self, factor: float, *, in_file_dtype: bool = False) -> Tensor:
+        """Return `factor` times the addition to the layer's weight, in float32."""
+        return (self._product(self.file_dtype if in_file_dtype else torch.float32) * factor).float()
 
     def _product(self, dtype: torch.dtype) -> Tensor:
         """Return `up @ down` in the shape of the layer's weight, formed in `dtype`."""
@@ -147,18 +148,19 @@ class Kronecker:
             raise unsupported("has LoKr factors that cannot be divided between shift and scale")
         return replace(self, w1=self.w1.roll(self.w1.shape[0] // 2, 0))
 
-    def __call__(self, layer: Layer, x: Tensor, *, in_file_dtype: bool = False) -> Tensor:
-        """Return the unscaled addition for the layer's input `x`, in the dtype of the weights.
+    def __call__(self, layer: Layer, x: Tensor, factor: float, *, in_file_dtype: bool = False) -> Tensor:
+        """Return `factor` times the addition for the layer's input `x`, in the dtype of the weights.
 
         Nobody merges these by hand, so there is no product that the file's dtype would round.
         `kron(w1, w2) @ vec(X) = vec(w1 @ X @ w2.T)` with X [i1, i2], without the product ever being built.
         """
         blocks = x.to(self.w1.dtype).unflatten(-1, (self.w1.shape[1], self.w2.shape[1]))
-        return (self.w1 @ functional.linear(blocks, self.w2)).flatten(-2)[..., self.start : self.stop]
+        added = (self.w1 @ functional.linear(blocks, self.w2)).flatten(-2)[..., self.start : self.stop]
+        return added * factor
 
-    def weight(self, *, in_file_dtype: bool = False) -> Tensor:
-        """Return the unscaled addition to the layer's weight, in float32."""
-        return torch.kron(self.w1.float(), self.w2.float())[self.start : self.stop]
+    def weight(self, factor: float, *, in_file_dtype: bool = False) -> Tensor:
+        """Return `factor` times the addition to the layer's weight, in float32."""
+        return torch.kron(self.w1.float(), self.w2.float())[self.start : self.stop] * factor
 
 
 def build(module: Module, tensors: Mapping[Role, Tensor]) -> Delta:

@@ -40,10 +40,10 @@ class Fuser:
         try:
             for name in dict.fromkeys(name for deltas, _ in active for name in deltas):
                 layer = self._layers[name]
-                total = layer.weight.detach().float()
+                total = layer.weight.detach().to(torch.float32, copy=True)
                 for deltas, multiplier in active:
                     if delta := deltas.get(name):
-                        total = total + delta.weight(in_file_dtype=in_file_dtype) * (multiplier * delta.scale)
+                        total += delta.weight(multiplier * delta.scale, in_file_dtype=in_file_dtype)
                 fused = torch.nn.Parameter(total.to(layer.weight.dtype), layer.weight.requires_grad)
                 self._pristine[name], layer.weight = layer.weight, fused
         except BaseException:

@@ -6,12 +6,16 @@ A file that passes here has for each of its modules tensors that belong together
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deployments.loras.dialects import Dialect, Role, dialect_of, group
 from deployments.loras.header import Header, TensorInfo, shorten, unsupported
 from deployments.loras.peft_metadata import stated_scales
 from deployments.loras.targets import Shape
+
+MAX_GROWN = 2**31
+"""Numbers that a file's LoKr factors may become beyond their own when multiplied out: 8 GiB in float32. The
+largest that trainers write, of whole factors by 4 for 32 billion weights, has as many."""
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
@@ -22,14 +26,16 @@ Parts = Mapping[Role, TensorInfo]
 class Module:
     """One module of a file: it changes `out` outputs of layers whose weights have the shape [*, `inputs`].
 
-    `rank` is none for a LoKr of two whole factors. `scale` is what the metadata state; none where the tensors
-    do (alpha over rank), or nobody does, which means 1.
+    `rank` is none for a LoKr of two whole factors; `grown` is by how many numbers its factors,
+    multiplied out, exceed what the file has of them. `scale` is what the metadata state; none where the
+    tensors do (alpha over rank), or nobody does, which means 1.
     """
 
     parts: Parts
     out: int
     inputs: Shape
     rank: int | None
+    grown: int = 0
     scale: float | None = None
 
     def fits(self, weights: Sequence[Shape]) -> bool:
@@ -58,13 +64,15 @@ def judge(header: Header) -> Contents:
     modules = {}
     # Sorted, for messages that stay the same: no order of a file's tensors means anything.
     for stem, parts in sorted(found.items()):
-        out, inputs, rank = _sizes(stem, parts)
-        scale = None if Role.ALPHA in parts else scales.of(stem, rank)
-        modules[stem] = Module(parts, out, inputs, rank, scale)
+        module = _sized(stem, parts)
+        scale = None if Role.ALPHA in parts else scales.of(stem, module.rank)
+        modules[stem] = replace(module, scale=scale)
+    if sum(module.grown for module in modules.values()) > MAX_GROWN:
+        raise unsupported("has LoKr factors that would become far larger than the file")
     return Contents(dialect, modules)
 
 
-def _sizes(stem: str, parts: Parts) -> tuple[int, Shape, int | None]:
+def _sized(stem: str, parts: Parts) -> Module:
     if not all(tensor.dtype in _FLOATS for tensor in parts.values()):
         raise unsupported(f"has weights that are no floating-point numbers, at {shorten(stem)}")
     if Role.ALPHA in parts and parts[Role.ALPHA].items != 1:
@@ -72,7 +80,7 @@ def _sizes(stem: str, parts: Parts) -> tuple[int, Shape, int | None]:
     return _low_rank(stem, parts) if Role.DOWN in parts or Role.UP in parts else _kronecker(stem, parts)
 
 
-def _low_rank(stem: str, parts: Parts) -> tuple[int, Shape, int]:
+def _low_rank(stem: str, parts: Parts) -> Module:
     if not {Role.DOWN, Role.UP} <= parts.keys() <= {Role.DOWN, Role.UP, Role.ALPHA}:
         raise unsupported(f"has an incomplete pair of matrices at {shorten(stem)}")
     down, up = parts[Role.DOWN].shape, parts[Role.UP].shape
@@ -80,13 +88,14 @@ def _low_rank(stem: str, parts: Parts) -> tuple[int, Shape, int]:
     if not matrices or down[0] != up[1] or not parts[Role.DOWN].items:
         shapes = f"{list(down)} and {list(up)}"
         raise unsupported(f"has matrices of shapes {shapes} at {shorten(stem)}, which make no LoRA")
-    return up[0], down[1:], down[0]
+    return Module(parts, up[0], down[1:], down[0])
 
 
-def _kronecker(stem: str, parts: Parts) -> tuple[int, Shape, int | None]:
+def _kronecker(stem: str, parts: Parts) -> Module:
     (out1, into1), rank1 = _factor(stem, parts, Role.W1, Role.W1_A, Role.W1_B)
     (out2, into2), rank2 = _factor(stem, parts, Role.W2, Role.W2_A, Role.W2_B)
-    return out1 * out2, (into1 * into2,), rank2 or rank1
+    grown = out1 * into1 + out2 * into2 - sum(tensor.items for tensor in parts.values())
+    return Module(parts, out1 * out2, (into1 * into2,), rank2 or rank1, max(grown, 0))
 
 
 def _factor(stem: str, parts: Parts, whole: Role, left: Role, right: Role) -> tuple[Shape, int | None]:

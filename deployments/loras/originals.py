@@ -67,6 +67,11 @@ _FLUX: _Names = (
     ("txt_in", ("context_embedder",)),
     ("final_layer.linear", ("proj_out",)),
     ("final_layer.adaLN_modulation.1", ("norm_out.linear",)),
+    # Chroma
+    *(
+        (f"distilled_guidance_layer.layers.{{}}.{name}", (f"distilled_guidance_layer.layers.{{}}.{path}",))
+        for name, path in (("in_layer", "linear_1"), ("out_layer", "linear_2"))
+    ),
     # FLUX.2
     *((name, ("time_guidance_embed." + path,)) for name, path in _EMBEDDERS),
     *(
@@ -233,7 +238,7 @@ FLUX.1, FLUX.2 and Chroma, gate and value of MiniMax-H3.
 """
 
 WITHOUT_EFFECT: Mapping[str, re.Pattern[str]] = {
-    "token_refiner": re.compile(r"(.*[._])?adaln_proj([._]linear)?"),
+    "token_refiner": re.compile(r"(.*[._])?(adaln_proj([._]linear)?|norm_out[._]linear)"),
 }
 """By a part that models of a kind have: layers that the original code reads around their LoRA."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -158,11 +158,15 @@ class Loras:
     def _newest(self, remote: RemoteFile, fetch: _Fetch) -> Lease:
         """Return the file as it is at its source now; it is downloaded unless that version is here."""
         sha256, version = self._store.recall(remote.text) or (None, None)
-        with self._store.incoming() as into:
+        with ExitStack() as held, self._store.incoming() as into:
+            # Held from here on: "unchanged" is worth nothing without the copy.
+            copy_here = self._store.find(sha256) if sha256 else None
+            if copy_here:
+                held.callback(copy_here.close)
             started = time.perf_counter()
-            fetched = fetch(into, version)
+            fetched = fetch(into, version if copy_here else None)
+            self._store.meter.looked_up(hit=fetched is None)
             if fetched is not None:
-                self._store.meter.looked_up(hit=False)
                 self._origin.read(fetched.bytes, time.perf_counter() - started)
                 into.flush()
                 _judge(Path(into.name))
@@ -170,10 +174,10 @@ class Loras:
                 if fetched.etag:
                     self._store.remember(remote.text, fetched.sha256, fetched.etag)
                 return lease
-        lease = self._stored(sha256) if sha256 else None
-        if lease is None:
-            raise FetchError(FetchFault.UNREACHABLE, "The node's copy was removed meanwhile.")
-        return lease
+            if copy_here:
+                held.pop_all()
+                return copy_here
+        raise FetchError(FetchFault.UNREACHABLE, "The source sent nothing, though it was asked for the file.")
 
     def _stored(self, sha256: str) -> Lease | None:
         """Return the node's copy of this content, if there is one; a hit of the disk tier."""

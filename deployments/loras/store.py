@@ -185,10 +185,13 @@ def _locked(lock: BinaryIO) -> bool:
 
 
 def _remove_unused(path: Path) -> bool:
-    """Remove a file unless somebody holds its lock."""
-    with path.open("rb") as file:
-        if unused := _locked(file):
-            path.unlink()
+    """Remove a file unless somebody holds its lock, or was quicker."""
+    try:
+        with path.open("rb") as file:
+            if unused := _locked(file):
+                path.unlink()
+    except FileNotFoundError:
+        return False
     return unused
 
 

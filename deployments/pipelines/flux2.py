@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from deployments.render import PromptSpec
 
@@ -19,6 +20,23 @@ def complete_tokenizer(pipeline: Any) -> None:  # noqa: ANN401 - any diffusers p
     if tokenizer.chat_template is None:
         file = Path(tokenizer.name_or_path) / "chat_template.json"
         tokenizer.chat_template = json.loads(file.read_text())["chat_template"]
+
+
+def round_references(pipeline: Any) -> None:  # noqa: ANN401
+    """Round the tokens of control images to bfloat16 in any dtype, as the trainer and the reference do."""
+    own = pipeline.prepare_image_latents
+
+    def rounded(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        latents, ids = own(*args, **kwargs)
+        return latents.bfloat16().to(latents.dtype), ids
+
+    pipeline.prepare_image_latents = rounded
+
+
+def adjust_dev(pipeline: Any) -> None:  # noqa: ANN401
+    """Make FLUX.2 [dev] the trainer's."""
+    complete_tokenizer(pipeline)
+    round_references(pipeline)
 
 
 def klein_arguments(pipeline: Any, prompt: PromptSpec, controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401

@@ -35,7 +35,7 @@ from torch.nn import functional
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from deployments.pipelines.krea2 import guided_arguments
-from deployments.render import PromptSpec
+from deployments.render import PromptSpec, without
 
 _SEEN_AREA = 384 * 384
 """Largest area at which the text encoder sees a control image, in pixels."""
@@ -210,10 +210,12 @@ def _pixels(control: Image.Image) -> Tensor:
 
 def _resize(pixels: Tensor, area: int | None) -> Tensor:
     """Give an image `area` pixels, or no more than a megapixel, in its own aspect, to multiples of 16."""
-    height, width = pixels.shape[2:]
-    aspect = height / width
-    tall = math.sqrt((area or min(height * width, _LATENT_AREA)) * aspect)
-    sides = [max(_STEP, round(side / _STEP) * _STEP) for side in (tall, tall / aspect)]
+    height, width = sides = pixels.shape[2:]
+    # Left as it is where nothing asks for more: a root taken of a square would not always round alike.
+    if area or height * width > _LATENT_AREA:
+        tall = math.sqrt((area or _LATENT_AREA) * height / width)
+        sides = tall, tall / (height / width)
+    sides = [max(_STEP, round(side / _STEP) * _STEP) for side in sides]
     return functional.interpolate(pixels, size=sides, mode="bilinear")
 
 
@@ -269,7 +271,7 @@ def _read(pipeline: Any, text: str, seen: Sequence[tuple[Tensor, Tensor]]) -> tu
         for number, (_, grid) in enumerate(seen, start=1)
     )
     # A placeholder in somebody's text would ask for an image that is not there.
-    body = pipeline.prompt_template_encode_prefix + pictures + text.replace(_PAD, "")
+    body = pipeline.prompt_template_encode_prefix + pictures + without(text, _PAD)
     ids = [*tokenizer(body).input_ids, *tokenizer(pipeline.prompt_template_encode_suffix).input_ids]
     tokens = torch.tensor([ids], device=device)
     output = pipeline.text_encoder(

@@ -103,7 +103,7 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin):
         `time` is [1], from 0 (noise) to 1 (image); `text` [1, L, T]; `references` up to five latents of
         [1, C, H', W'] each. All sides are even.
         """
-        moment, context = self.time_caption_embed(text, time * self.timestep_scale, text)
+        moment, context = self.time_caption_embed(text, time.float() * self.timestep_scale, text)
         grids = [self._grid(latents) for latents in (*references, image)]
         ids = [_text_positions(text), *_image_positions(grids, text)]
         rotary = [self._rotary(positions) for positions in ids]

@@ -23,7 +23,7 @@ from torch.nn import functional
 from transformers import BatchFeature
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from deployments.render import PromptSpec
+from deployments.render import PromptSpec, without
 
 _IMAGE = "<|image_pad|>"
 
@@ -137,7 +137,7 @@ def _embeddings(
     prompts = (("prompt", prompt.prompt, seen), ("negative_prompt", prompt.neg, seen_by_negative))
     for name, text, pictures in prompts:
         # A placeholder in somebody's text would ask for an image that is not there.
-        embeddings, _ = pipeline.encode_prompt(text.replace(_IMAGE, ""), image=pictures)
+        embeddings, _ = pipeline.encode_prompt(without(text, _IMAGE), image=pictures)
         mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
         arguments |= {name: None, f"{name}_embeds": embeddings, f"{name}_embeds_mask": mask}
     return arguments

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPImageProcessorPil
 
@@ -22,12 +23,36 @@ def image_arguments(_pipeline: Any, prompt: PromptSpec, controls: Sequence[Image
 
 
 @contextmanager
-def trainer_s_boundary(pipeline: Any, _arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
-    """Hand over to the low-noise transformer where the trainer does, image to video or not."""
+def rounded_start(pipeline: Any, arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
+    """Begin a video from an image with noise and a condition that are rounded to the models' dtype.
+
+    diffusers keeps both in float32.
+    """
+    if "image" not in arguments:
+        yield
+        return
+    own = pipeline.prepare_latents
+
+    def rounded(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+        latents, condition, *mask = own(*args, **kwargs)
+        dtype = pipeline.vae.dtype
+        return latents.to(dtype).float(), condition.to(dtype).float(), *mask
+
+    pipeline.prepare_latents = rounded
+    try:
+        yield
+    finally:
+        pipeline.prepare_latents = own
+
+
+@contextmanager
+def trainer_s_boundary(pipeline: Any, arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
+    """Begin as above, and hand over to the low-noise transformer where the trainer does."""
     own = pipeline.config.boundary_ratio
     pipeline.register_to_config(boundary_ratio=0.875)
     try:
-        yield
+        with rounded_start(pipeline, arguments):
+            yield
     finally:
         pipeline.register_to_config(boundary_ratio=own)
 

@@ -126,7 +126,7 @@ def test_a_job_that_is_left_is_anybody_s(queue: JobQueue) -> None:
 
 
 def test_offers_are_bounded_and_one_for_each_lora(queue: JobQueue, url: str) -> None:
-    queue.submit([new_job(f"lora-{n % 40}") for n in range(80)])
+    queue.submit([new_job(f"lora-{n % 60}") for n in range(120)])
     let_pass(url, 61)
     watch, offered = queue.watch(), list[str]()
 
@@ -139,6 +139,17 @@ def test_offers_are_bounded_and_one_for_each_lora(queue: JobQueue, url: str) -> 
     assert len(offered) < 20
     assert not watch.wait(0.05), "nothing was changed"
     watch.close()
+
+
+def test_what_a_replica_holds_waits_for_no_other_s_origin(queue: JobQueue, url: str) -> None:
+    slow = [f"slow-{n}" for n in range(60)]
+    queue.submit([new_job(adapter) for adapter in slow])
+    (mine,) = queue.submit([new_job("mine")])
+    let_pass(url, 61)  # All have waited too long, those first that cannot be had.
+    for _ in range(2):
+        claimed = queue.claim(MODEL, "replica", warm=["mine"], offer=saying(Answer.LEAVE, *slow))
+        assert claimed is not None and claimed.job.id == mine.id
+        queue.release(claimed)
 
 
 def test_what_a_busy_replica_foresees_stays_in_the_queue(queue: JobQueue, url: str) -> None:

@@ -33,6 +33,7 @@ from deployments.engine import Engine, Observer
 from deployments.heartbeat import EXIT_STALLED, Heartbeat
 from deployments.media import Media
 from deployments.render import LoraSpec, PromptSpec, RenderSpec
+from deployments.running import Stop
 from deployments.tiny import write_tiny_lora
 from serve_app.render import open_sources
 from serve_app.settings import Settings
@@ -277,6 +278,18 @@ def test_a_running_job_is_canceled_at_its_next_step(worker: Worker) -> None:
     assert time.monotonic() - asked < 5
     follower = worker.submit()
     assert worker.ended(follower).state is JobState.SUCCEEDED
+
+
+def test_a_run_stops_by_itself_when_its_lease_is_about_to_end(worker: Worker) -> None:
+    """Whatever holds up the heartbeat, such as a database that neither answers nor refuses."""
+    worker.start()
+    job_id = worker.submit(**LONG)
+    worker.running(job_id)
+    (run,) = worker.loop._runs
+    run.unrenewed_s = 0.0
+    wait_until(lambda: run not in worker.loop._runs, 10, "the end of the run")
+    assert run.stopped is Stop.LEASE_LOST
+    assert worker.job(job_id).state is JobState.IN_PROGRESS, "nothing is written without a lease"
 
 
 def test_a_run_past_its_time_limit_fails(worker: Worker, tmp_path: Path) -> None:

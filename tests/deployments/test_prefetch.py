@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import time
@@ -113,6 +114,18 @@ def test_what_is_on_the_node_is_taken_at_once(bench: Bench) -> None:
     assert bench.offer(bench.job("../x.safetensors")) is Answer.TAKE, "its fault is told to the job itself"
     assert bench.prefetcher.take(here) is None
     assert bench.prefetcher.held == frozenset()
+
+
+def test_what_cannot_be_looked_at_is_claimed_to_fail(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, of_another_version = bench.job("x.safetensors"), bench.job("x.safetensors")
+    of_another_version.spec["prompts"] = 5
+    assert bench.offer(of_another_version) is Answer.TAKE
+
+    def sick(_lora: LoraSpec) -> bool:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(bench.loras, "at_hand", sick)
+    assert bench.offer(job) is Answer.TAKE
 
 
 def test_what_is_elsewhere_is_brought_first(bench: Bench) -> None:

@@ -53,3 +53,8 @@ def test_every_worker_scales_from_zero_by_the_queue(model: str) -> None:
             assert scaling["min_replicas"] == 0
             assert scaling["policy"]["policy_function"] == "deployments.autoscaling:QueuePolicy"
             assert scaling["policy"]["policy_kwargs"]["model"] == deployment["name"]
+
+
+def test_whoever_renders_the_preview_of_a_model_comes_with_it() -> None:
+    config = yaml.safe_load(render_config(["flux2_diffusers"]))
+    assert config["applications"][1]["args"]["models"] == ["flux2", "flux2_diffusers"]

@@ -59,7 +59,7 @@ def test_what_the_flags_override_are_fields_of_a_prompt() -> None:
     "text",
     [
         *("--w wide", "--w", "--w 512, a dog", "--h 4097", "--seed 1.5", "--seed -2", f"--d {2**64}"),
-        *("--s 0", "--s 151", "--l nan", "--l 21", "--m 3", "--m inf", "--gr 2"),
+        *("--s 0", "--s 151", "--l nan", "--l 21", "--m 3", "--m inf", "--gr inf"),
     ],
 )
 def test_values_outside_of_the_field_are_faults(text: str) -> None:

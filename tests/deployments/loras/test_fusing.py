@@ -40,8 +40,8 @@ DELTAS: dict[str, tuple[Layer, Delta, tuple[int, ...]]] = {
 def test_the_weight_does_what_the_delta_does(kind: str) -> None:
     layer, delta, shape = DELTAS[kind]
     with torch.no_grad():
-        x, beside = noise(*shape), delta(layer, noise(*shape))
-        layer.weight.copy_(delta.weight())
+        x, beside = noise(*shape), delta(layer, noise(*shape), 0.7)
+        layer.weight.copy_(delta.weight(0.7))
         layer.bias.zero_()  # type: ignore[union-attr]
         torch.testing.assert_close(layer(x), beside)
 
@@ -49,10 +49,11 @@ def test_the_weight_does_what_the_delta_does(kind: str) -> None:
 def test_products_in_the_dtype_of_the_file() -> None:
     layer, x = torch.nn.Linear(6, 4, bias=False), noise(5, 6)
     delta = LowRank(noise(3, 6), noise(4, 3), 1.0, torch.bfloat16)
-    rounded = delta.weight(in_file_dtype=True)
-    assert torch.equal(rounded, rounded.bfloat16().float())
-    assert torch.equal(delta(layer, x, in_file_dtype=True), x @ rounded.T)
-    assert not torch.equal(rounded, delta.weight())
+    rounded = delta.weight(0.7, in_file_dtype=True)
+    # What the reference server adds to a weight: `scale * (B @ A)`, rounded twice.
+    assert torch.equal(rounded, (0.7 * (delta.up.bfloat16() @ delta.down.bfloat16())).float())
+    assert torch.equal(delta(layer, x, 0.7, in_file_dtype=True), x @ rounded.T)
+    assert not torch.equal(rounded, delta.weight(0.7))
 
 
 @pytest.fixture(scope="module")

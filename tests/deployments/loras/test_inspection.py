@@ -105,3 +105,15 @@ def test_what_no_model_serves_is_refused() -> None:
     with pytest.raises(JobFailure, match="DoRA") as caught:
         inspect(Header({**header.tensors, **dora}, {}))
     assert caught.value.code is FailureCode.LORA_FORMAT_NOT_SUPPORTED
+
+
+def test_factors_that_would_become_far_larger_than_their_file_are_refused() -> None:
+    def lokr(side: int) -> Header:
+        stem = "diffusion_model.double_blocks.0.img_attn.proj"
+        shapes = {"lokr_w1": (1, 1), "lokr_w2_a": (side, 1), "lokr_w2_b": (1, side)}
+        return Header({f"{stem}.{name}": TensorInfo("F16", shape) for name, shape in shapes.items()}, {})
+
+    inspect(lokr(3072))
+    with pytest.raises(JobFailure, match="larger than the file") as caught:
+        inspect(lokr(50_000))
+    assert caught.value.code is FailureCode.LORA_FORMAT_NOT_SUPPORTED

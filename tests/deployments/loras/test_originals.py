@@ -137,6 +137,23 @@ def test_kohya_flux_beyond_its_blocks(studio: Get, tmp_path: Path) -> None:
     pictures_are_equal(studio("flux"), tmp_path, ours, original)
 
 
+def test_the_layer_that_guides_chroma(studio: Get, tmp_path: Path) -> None:
+    """A LoRA of all layers has that one's as well."""
+    used, generator = studio("chroma"), torch.Generator().manual_seed(0)
+    ours, original = {}, {}
+    for path, name in (("linear_1", "in_layer"), ("linear_2", "out_layer")):
+        stem = "distilled_guidance_layer.layers.0."
+        layer = used.engine._pipeline.transformer.get_submodule(stem + path)
+        down = torch.randn(4, layer.in_features, generator=generator) / layer.in_features**0.5
+        pair = {
+            "lora_A.weight": down,
+            "lora_B.weight": torch.randn(layer.out_features, 4, generator=generator),
+        }
+        ours |= {f"transformer.{stem}{path}.{matrix}": tensor for matrix, tensor in pair.items()}
+        original |= {f"diffusion_model.{stem}{name}.{matrix}": tensor for matrix, tensor in pair.items()}
+    pictures_are_equal(used, tmp_path, ours, original)
+
+
 def test_lokr_of_shift_and_scale(studio: Get, tmp_path: Path) -> None:
     """The last layer's halves of outputs are swapped in diffusers; a LoKr of it is swapped by its rows."""
     generator = torch.Generator().manual_seed(0)

@@ -108,6 +108,18 @@ def test_an_unchanged_file_is_downloaded_once_and_a_changed_one_anew(
         assert SECRET not in str(file) and (file.is_dir() or SECRET.encode() not in file.read_bytes())
 
 
+def test_a_file_that_is_gone_from_the_store_is_fetched_again(
+    site: Site, loras: Loras, tmp_path: Path
+) -> None:
+    """By hand, or by a power loss between the file and what is noted of it."""
+    url = site.file("/a", lora(1))
+    opened(loras, url).path.unlink()
+    assert opened(loras, url).bytes == len(lora(1))
+    assert "If-None-Match" not in site.requests[-1][2]
+    assert opened(loras, url).bytes == len(lora(1))
+    assert "If-None-Match" in site.requests[-1][2]
+
+
 def test_without_an_etag_a_file_is_fetched_each_time(site: Site, loras: Loras) -> None:
     site.pages["/a"] = lambda request: answer(request, 200, lora(site.count("/a")))
     assert [opened(loras, site.url("/a")).sha256 for _ in "ab"] == [sha256(lora(1)), sha256(lora(2))]

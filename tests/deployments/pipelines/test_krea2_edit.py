@@ -120,6 +120,7 @@ def test_each_option_changes_the_picture(used: Studio, name: str) -> None:
     [
         ((60, 100), True, (6, 4)),  # 102.4 x 61.4
         ((60, 100), False, (6, 4)),  # As it is: never enlarged.
+        ((88, 120), False, (8, 6)),  # Halves go to the even one.
         ((1600, 1600), True, (5, 5)),
         ((1600, 1600), False, (64, 64)),  # A megapixel.
         ((640, 10), True, (1, 39)),
@@ -185,7 +186,9 @@ def test_prompts_are_read_to_their_end(used: Studio) -> None:
 
 
 def test_a_placeholder_in_a_prompt_asks_for_no_image(used: Studio) -> None:
-    assert np.array_equal(used.picture(prompt="a <|image_pad|>cat"), used.picture(prompt="a cat"))
+    assert np.array_equal(
+        used.picture(prompt="a <|image_<|image_pad|>pad|>cat"), used.picture(prompt="a cat")
+    )
 
 
 def test_the_shift_of_turbo_follows_the_size(studio: Callable[[str], Studio]) -> None:

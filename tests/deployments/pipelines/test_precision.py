@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from PIL import Image
 
 from deployments.loading import Loader
 from deployments.rendering import Unwatched
@@ -73,6 +76,49 @@ def test_high_resolution_and_sound(in_bfloat16: NewStudio) -> None:
     assert made.pixels.shape == (1, 128, 192, 3)
     assert made.sound is not None
     assert made.sound.samples.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("model", "sampling", "image", "rounded"),
+    [
+        ("wan22_14b_i2v", "reference", True, True),
+        ("wan22_14b_i2v", "preview", True, True),
+        ("wan22_5b", "reference", True, False),
+        ("wan22_5b", "preview", True, True),
+        ("wan22_5b", "preview", False, False),
+    ],
+)
+def test_the_noise_of_wan(
+    in_bfloat16: NewStudio,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    sampling: str,
+    image: bool,
+    rounded: bool,
+) -> None:
+    """Whoever samples from an image rounds it, except the reference server for the 5B."""
+    used, seen = in_bfloat16(model), []
+    for scheduler in (FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler):
+
+        def watch(
+            self: object, *arguments: torch.Tensor, own: Any = scheduler.step, **options: object
+        ) -> Any:
+            latents = arguments[2]
+            seen.append((latents.dtype, torch.equal(latents, latents.bfloat16().float())))
+            return own(self, *arguments, **options)
+
+        monkeypatch.setattr(scheduler, "step", watch)
+    used.picture(steps=2, sampling=sampling, controls=[Image.new("RGB", (96, 64))] if image else [])
+    assert seen[0] == (torch.float32, rounded)
+
+
+def test_the_tokens_of_flux_2_s_references(new_studio: NewStudio) -> None:
+    """They are bfloat16 even where the models are not."""
+    pipeline = new_studio("flux2_klein_4b").engine._pipeline
+    image = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
+    tokens, _ = pipeline.prepare_image_latents([image], 1, None, torch.device("cpu"), torch.float32)
+    assert tokens.dtype == torch.float32
+    assert torch.equal(tokens, tokens.bfloat16().float())
 
 
 def test_the_ends_of_minimax_h3(in_bfloat16: NewStudio) -> None:
