@@ -69,6 +69,8 @@ class Batches:
 
     def cancel(self, tenant: str, batch: str) -> None:
         """Cancel what is queued of the batch and ask the workers of what runs; what has ended stays."""
+        # Before and after: a job may begin, or go back to the queue, in between.
+        self._ask_running(tenant, batch)
         queued = select(jobs.c.seq).where(_in(tenant, batch), jobs.c.state == JobState.IN_QUEUE)
         # Locked in one order, so that two of these never wait for one another.
         some = queued.order_by(jobs.c.seq).limit(SLICE).with_for_update()
@@ -79,6 +81,9 @@ class Batches:
                     break
                 target = literal_state(JobState.CANCELED)
                 move(connection, JobState.IN_QUEUE, target, jobs.c.seq.in_(chosen), cancel_requested=True)
+        self._ask_running(tenant, batch)
+
+    def _ask_running(self, tenant: str, batch: str) -> None:
         running = update(jobs).where(_in(tenant, batch), jobs.c.state == JobState.IN_PROGRESS)
         with self._database.write() as connection:
             connection.execute(running.values(cancel_requested=True))

@@ -6,6 +6,7 @@ job. The source is asked each time whether its file is still the one that is her
 
 from __future__ import annotations
 
+import errno
 import re
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -164,7 +165,7 @@ class Loras:
             if copy_here:
                 held.callback(copy_here.close)
             started = time.perf_counter()
-            fetched = fetch(into, version if copy_here else None)
+            fetched = self._fetch(fetch, into, version if copy_here else None)
             self._store.meter.looked_up(hit=fetched is None)
             if fetched is not None:
                 self._origin.read(fetched.bytes, time.perf_counter() - started)
@@ -178,6 +179,17 @@ class Loras:
                 held.pop_all()
                 return copy_here
         raise FetchError(FetchFault.UNREACHABLE, "The source sent nothing, though it was asked for the file.")
+
+    def _fetch(self, fetch: _Fetch, into: BinaryIO, version: str | None) -> Fetched | None:
+        """Fetch; where the disk is full, once more with all the room that the store can make."""
+        try:
+            return fetch(into, version)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not self._store.evict():
+                raise
+        into.seek(0)
+        into.truncate()
+        return fetch(into, version)
 
     def _stored(self, sha256: str) -> Lease | None:
         """Return the node's copy of this content, if there is one; a hit of the disk tier."""

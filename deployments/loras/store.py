@@ -130,6 +130,14 @@ class LoraStore:
         assert lease is not None  # noqa: S101 - whoever evicts holds the same lock
         return lease
 
+    def evict(self) -> bool:
+        """Remove all that is not in use, for a disk that is full before the budget is; tell if that was any."""
+        with self._alone():
+            gone = [path.stem for path in self._files.iterdir() if _remove_unused(path)]
+            for sha256 in gone:
+                self._forget(sha256)
+        return bool(gone)
+
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Hold the lock of the store's directories."""

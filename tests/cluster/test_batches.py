@@ -150,5 +150,5 @@ def test_everything_of_a_batch_is_found_by_its_index(queue: JobQueue, url: str) 
         for statement, values in chosen:
             plan = connection.exec_driver_sql(f"{explain} {statement}", values).all()  # type: ignore[arg-type]
             assert "jobs_by_batch" in str(plan) and "jobs_by_tenant" not in str(plan), statement
-    assert len(chosen) == 6
+    assert len(chosen) == 7
     database.close()

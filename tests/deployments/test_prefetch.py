@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -117,9 +118,8 @@ def test_what_is_on_the_node_is_taken_at_once(bench: Bench) -> None:
 
 
 def test_what_cannot_be_looked_at_is_claimed_to_fail(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    job, of_another_version = bench.job("x.safetensors"), bench.job("x.safetensors")
-    of_another_version.spec["prompts"] = 5
-    assert bench.offer(of_another_version) is Answer.TAKE
+    job = bench.job("x.safetensors")
+    assert bench.offer(replace(job, spec={**job.spec, "prompts": 5})) is Answer.TAKE, "of another version"
 
     def sick(_lora: LoraSpec) -> bool:
         raise OSError(errno.EIO, "Input/output error")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import resource
@@ -12,7 +13,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import boto3
 import numpy as np
@@ -20,9 +21,9 @@ import pytest
 from safetensors.numpy import save
 
 from cluster.jobs import FailureCode, JobFailure
-from cluster.net import Fetcher
+from cluster.net import Fetched, Fetcher
 from cluster.pace import Limits
-from cluster.urls import parse_hosts
+from cluster.urls import Url, parse_hosts
 from deployments.loras.references import LoraFile
 from deployments.loras.sources import Loras
 from deployments.loras.store import LoraStore
@@ -199,6 +200,24 @@ def test_a_cut_download_and_a_full_disk_leave_nothing(site: Site, loras: Loras, 
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert kept(tmp_path) == set()
     assert opened(loras, url).bytes > 65_536
+
+
+def test_a_disk_that_is_full_before_the_budget_gives_up_what_is_unused(
+    site: Site, loras: Loras, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unused, used = (opened(loras, site.file(f"/{seed}", lora(seed))) for seed in (1, 2))
+    fetch = loras._fetcher.fetch
+
+    def into_little_room(url: Url, into: BinaryIO, **options: Any) -> Fetched | None:
+        if unused.path.exists():
+            into.write(b"as far as it goes")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return fetch(url, into, **options)
+
+    monkeypatch.setattr(loras._fetcher, "fetch", into_little_room)
+    with loras.open(LoraSpec(path=site.url("/2"), sha256=used.sha256)):
+        third = opened(loras, site.file("/3", lora(3)))
+    assert kept(tmp_path) == {used.sha256, third.sha256}
 
 
 def test_the_store_s_folder_may_be_impossible(site: Site, tmp_path: Path) -> None:
