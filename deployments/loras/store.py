@@ -131,7 +131,7 @@ class LoraStore:
         return lease
 
     def evict(self) -> bool:
-        """Remove all that is not in use, for a disk that is full before the budget is; tell if that was any."""
+        """Remove all that is not in use, for a disk that is full before the budget is; tell if any was."""
         with self._alone():
             gone = [path.stem for path in self._files.iterdir() if _remove_unused(path)]
             for sha256 in gone:

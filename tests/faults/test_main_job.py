@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sqlite3
 import threading
 import time
 import uuid
+from contextlib import closing
 
 import httpx
 import pytest
@@ -61,11 +63,25 @@ def test_ten_workers_killed_at_random_moments(service: Service) -> None:
     assert max(job.attempts for job in ended.values()) > 1
 
 
+def stop_between_writes(pid: int) -> None:
+    """Send SIGSTOP; to one that holds SQLite's lock, and so everybody else up, a little later."""
+    file = os.environ["JOBS_URL"].removeprefix("sqlite:///")
+    while True:
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with closing(sqlite3.connect(file, timeout=0.5, isolation_level=None)) as table:
+                table.execute("BEGIN IMMEDIATE").execute("ROLLBACK")
+            return
+        except sqlite3.OperationalError:
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.1)
+
+
 def test_a_worker_that_was_stopped_writes_nothing_when_it_goes_on(service: Service) -> None:
     job_id = service.submit(long_body(steps=20, prompts=12))
     worker = service.running(job_id)
     refusals = service.said("lease lost, nothing written")
-    os.kill(worker, signal.SIGSTOP)
+    stop_between_writes(worker)
     try:
         stopped_at = time.time()
         claims: list[Claim] = []
