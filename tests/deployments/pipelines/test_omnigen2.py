@@ -202,7 +202,7 @@ def test_the_times(used: Studio) -> None:
 def test_an_adapter_equals_merged_weights(
     used: Studio, new_studio: Callable[[str], Studio], file: str, sampling: str
 ) -> None:
-    """The reference forms the product in the file's dtype, the trainer in float32; B is in bfloat16."""
+    """The reference multiplies all three in the file's dtype, the trainer in float32; B is in bfloat16."""
     fields: dict[str, Any] = {"neg": "dull", "sampling": sampling, "width": 128, "height": 96}
     ours = used.render({file: 1.5}, **fields)
     merged = new_studio("omnigen2")
@@ -216,6 +216,6 @@ def test_an_adapter_equals_merged_weights(
     for name in [name for name in tensors if ".lora_A." in name]:
         delta = tensors[name.replace(".lora_A.", ".lora_B.")].to(dtype) @ tensors[name].to(dtype)
         path = name.removeprefix("diffusion_model.").replace(".lora_A.weight", ".weight")
-        weights[path].data += 1.5 * delta.float()
+        weights[path].data += (1.5 * delta).float()
     difference = np.abs(ours.astype(int) - merged.picture(**fields).astype(int))
     assert (difference.max() <= 1, difference.mean() <= 0.005) == (True, True)
