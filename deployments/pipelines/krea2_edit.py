@@ -211,10 +211,11 @@ def _pixels(control: Image.Image) -> Tensor:
 def _resize(pixels: Tensor, area: int | None) -> Tensor:
     """Give an image `area` pixels, or no more than a megapixel, in its own aspect, to multiples of 16."""
     height, width = sides = pixels.shape[2:]
-    # Left as it is where nothing asks for more: a root taken of a square would not always round alike.
+    # A root of an area need not give back the sides exactly, and halves of a step would go elsewhere.
     if area or height * width > _LATENT_AREA:
-        tall = math.sqrt((area or _LATENT_AREA) * height / width)
-        sides = tall, tall / (height / width)
+        aspect = height / width
+        tall = math.sqrt((area or _LATENT_AREA) * aspect)
+        sides = tall, tall / aspect
     sides = [max(_STEP, round(side / _STEP) * _STEP) for side in sides]
     return functional.interpolate(pixels, size=sides, mode="bilinear")
 
