@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,8 +26,12 @@ def new_job(adapter: str = "lora", *, model: str = MODEL, **values: Any) -> NewJ
 
 
 def submit(queue: JobQueue, *adapters: str) -> list[Job]:
-    """Submit one job for each adapter, each in a transaction of its own."""
-    return [queue.submit([new_job(adapter)])[0] for adapter in adapters]
+    """Submit one job for each adapter, each in a transaction of its own and later than those before."""
+    submitted = []
+    for adapter in adapters:
+        submitted += queue.submit([new_job(adapter)])
+        time.sleep(0.002)  # SQLite's clock has milliseconds.
+    return submitted
 
 
 def claim(queue: JobQueue, owner: str = "replica", **values: Any) -> Claim:
