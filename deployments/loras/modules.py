@@ -14,8 +14,8 @@ from deployments.loras.peft_metadata import stated_scales
 from deployments.loras.targets import Shape
 
 MAX_GROWN = 2**31
-"""Numbers that a file's LoKr factors may become beyond their own when multiplied out: 8 GiB in float32. The
-largest that trainers write, of whole factors by 4 for 32 billion weights, has as many."""
+"""Numbers that a file's LoKr factors may become beyond their own when multiplied out: 8 GiB in float32.
+LoKr by 4 of 32 billion weights, the most that a trainer is likely to write, would have as many."""
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
