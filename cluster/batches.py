@@ -5,7 +5,6 @@ A batch has no row of its own: it is there while one of its jobs is.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from sqlalchemy import ColumnElement, and_, func, select, union_all, update
 
 from cluster import submission
 from cluster.database import Database
-from cluster.jobs import Job, JobState, NewJob
+from cluster.jobs import Job, JobState
 from cluster.schema import job_outputs, jobs
 from cluster.transitions import job_of, literal_state, move
 
@@ -98,20 +97,8 @@ class Batches:
         with self._database.write() as connection:
             left = update(jobs).where(jobs.c.seq.in_(list(connection.scalars(some)))).values(batch=None)
             gone = [job_of(row) for row in connection.execute(left.returning(jobs)).mappings()]
-            again = [
-                NewJob(
-                    id=str(uuid.uuid4()),
-                    model=job.model,
-                    spec=job.spec,
-                    adapter=job.adapter,
-                    tenant=tenant,
-                    batch=batch,
-                )
-                for job in sorted(gone, key=lambda job: job.seq)
-            ]
-            if again:
-                submission.store(connection, self._database.insert, again)
-        return len(again)
+            gone.sort(key=lambda job: job.seq)
+            return len(submission.store_again(connection, self._database.insert, gone, batch=batch))
 
 
 def _in(tenant: str, batch: str) -> ColumnElement[bool]:

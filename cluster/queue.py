@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, exists, false, select, update
 
-from cluster import claims, janitor
+from cluster import claims, janitor, submission
 from cluster.batches import Batches
 from cluster.database import Watch, open_database
 from cluster.group_commit import GroupCommit
@@ -87,6 +87,11 @@ class JobQueue(Reports):
     def submit_soon(self, new: Sequence[NewJob]) -> Future[list[Job]]:
         """As `submit`, without waiting: the future is done when the jobs are on disk, or has its errors."""
         return self._submissions.submit(new)
+
+    def submit_again(self, failed: Job) -> Job:
+        """Store a new job for what failed, outside of any batch; its secret is gone."""
+        with self._database.write() as connection:
+            return submission.store_again(connection, self._database.insert, [failed], batch=None)[0]
 
     def cancel(self, job_id: str) -> tuple[Job, bool] | None:
         """Cancel a queued job, or ask the worker of a running one to stop; None if the id is unknown.

@@ -1,7 +1,8 @@
-"""Storing new jobs, once for each idempotency key."""
+"""Storing new jobs, once for each idempotency key, and once more what failed."""
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -35,9 +36,38 @@ def store(connection: Connection, insert: Insert, new: Sequence[NewJob]) -> list
     return stored
 
 
+def store_again(
+    connection: Connection, insert: Insert, failed: Sequence[Job], *, batch: str | None
+) -> list[Job]:
+    """Store new jobs for what failed, in the caller's transaction; return them in order.
+
+    They have the spec, the tenant and the webhook of the old ones, and no secret: that is gone.
+    """
+    asked = select(webhooks).where(webhooks.c.job_id.in_([job.id for job in failed]))
+    hooks = {row["job_id"]: _hook_of(row) for row in connection.execute(asked).mappings()}
+    new = [
+        NewJob(
+            id=str(uuid.uuid4()),
+            model=job.model,
+            spec=job.spec,
+            adapter=job.adapter,
+            tenant=job.tenant,
+            webhook=hooks.get(job.id),
+            batch=batch,
+        )
+        for job in failed
+    ]
+    return store(connection, insert, new) if new else []
+
+
 def _hook(job_id: str, hook: NewWebhook) -> dict[str, Any]:
     told = {"url": hook.url, "secret": hook.secret, "events": ",".join(hook.events)}
     return {"job_id": job_id, "attempts": 0, **told}
+
+
+def _hook_of(row: RowMapping) -> NewWebhook:
+    events = tuple(map(JobState, row["events"].split(",")))
+    return NewWebhook(url=row["url"], events=events, secret=row["secret"])
 
 
 def _row(job: NewJob) -> dict[str, Any]:

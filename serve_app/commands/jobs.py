@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from typing import Annotated
 import typer
 
 from cluster.database import jobs_url
-from cluster.jobs import Job, JobState, NewJob, StoreUnavailable
+from cluster.jobs import Job, JobState, StoreUnavailable
 from cluster.objects import StoreError, open_store
 from cluster.queue import JobQueue
 from serve_app.janitor import DAY_S, remove_old
@@ -76,10 +75,7 @@ def requeue(job_ids: Ids) -> None:
         job = _known(queue, job_id)
         if job.state is not JobState.FAILED:
             raise _Refused(f"it has not failed: {job.state}")
-        again = NewJob(
-            id=str(uuid.uuid4()), model=job.model, spec=job.spec, adapter=job.adapter, tenant=job.tenant
-        )
-        return f"queued again as {queue.submit([again])[0].id}"
+        return f"queued again as {queue.submit_again(job).id}"
 
     _each(job_ids, one)
 

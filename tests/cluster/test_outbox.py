@@ -100,6 +100,27 @@ def test_a_repeated_submission_has_one_webhook(queue: JobQueue) -> None:
     assert len(queue.outbox.take(10)) == 1
 
 
+def test_a_job_that_is_submitted_again_has_the_webhook_of_the_first(queue: JobQueue) -> None:
+    failed = submit(queue, JobState.FAILED, tenant="me", batch="b")
+    queue.finish(claim(queue), JobState.FAILED, error="no", error_code="X")
+    again = queue.submit_again(failed)
+    assert (again.state, again.spec, again.tenant, again.batch) == (
+        JobState.IN_QUEUE,
+        failed.spec,
+        "me",
+        None,
+    )
+    assert queue.batches.retry("me", "b", 9) == 1
+    other = claim(queue), claim(queue)
+    for held in other:
+        queue.finish(held, JobState.FAILED, error="no", error_code="X")
+    messages = queue.outbox.take(10)
+    assert {message.job.id for message in messages} == {failed.id, *(held.job.id for held in other)}
+    assert {(message.url, message.secret) for message in messages} == {
+        ("https://example.org/hook", "ciphertext")
+    }
+
+
 def test_what_is_forgotten_is_told_nobody(queue: JobQueue) -> None:
     job = submit(queue)
     queue.cancel(job.id)
