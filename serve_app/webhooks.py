@@ -10,7 +10,9 @@ import json
 import logging
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 
 from standardwebhooks import Webhook
@@ -75,6 +77,17 @@ def admit_webhook(item: WebhookItem | None, settings: Settings) -> NewWebhook | 
     return NewWebhook(url=str(url), events=events, secret=seal({"query": url.query}) if url.query else None)
 
 
+@contextmanager
+def _logged() -> Iterator[None]:
+    """Log whatever it is: if the threads ended of it, nobody would be told any more."""
+    try:
+        yield
+    except StoreUnavailable as error:
+        logger.warning("the job table is away; webhooks wait: %s", error)
+    except Exception:
+        logger.exception("webhooks failed; the next look comes")
+
+
 class Sender:
     """Sends what is due, on threads of its own; every gateway has one, and a message goes to one of them."""
 
@@ -82,28 +95,36 @@ class Sender:
         self._outbox = outbox
         self._signer = signer
         self._fetcher = Fetcher(parse_hosts(settings.fetch_hosts), LIMITS)
-        self._closed = threading.Event()
+        self._closed = False
+        self._woken = threading.Event()
         self._senders = ThreadPoolExecutor(SENDERS, thread_name_prefix="webhook")
         self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """End the threads after what they are sending."""
-        self._closed.set()
+        self._closed = True
+        self._woken.set()
         self._thread.join()
         self._senders.shutdown()
 
     def _run(self) -> None:
-        while not self._closed.wait(LOOK_S):
-            try:
-                while messages := self._outbox.take(SENDERS):
-                    list(self._senders.map(self._send, messages))
-            except StoreUnavailable as error:
-                logger.warning("the job table is away; webhooks wait: %s", error)
-            except Exception:
-                # Whatever it was, without this thread nobody would be told any more.
-                logger.exception("webhooks failed; the next look comes")
+        sending: set[Future[None]] = set()
+        while not self._closed:
+            # A slow receiver keeps one sender, not those beside it.
+            sending = {each for each in sending if not each.done()}
+            if free := SENDERS - len(sending):
+                with _logged():
+                    sending |= {self._begin(message) for message in self._outbox.take(free)}
+            self._woken.wait(LOOK_S)
+            self._woken.clear()
 
+    def _begin(self, message: Message) -> Future[None]:
+        sent = self._senders.submit(self._send, message)
+        sent.add_done_callback(lambda _: self._woken.set())
+        return sent
+
+    @_logged()
     def _send(self, message: Message) -> None:
         try:
             status = self._post(message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import sqlite3
+import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -144,3 +145,16 @@ def test_a_bad_secret_is_told_at_the_start(secret: str, monkeypatch: pytest.Monk
     monkeypatch.setenv("WEBHOOK_SECRET", secret)
     with pytest.raises(ValueError, match="24 to 64 random bytes"):
         create_app(GatewayArgs())
+
+
+def test_a_slow_receiver_holds_up_nobody_beside_it(service: Service, site: Site) -> None:
+    gate = threading.Event()
+    site.pages["/slow"] = lambda request: gate.wait(30) and answer(request, 204)
+    site.pages["/hook"] = lambda request: answer(request, 204)
+    try:
+        for path in ("/slow", *["/hook"] * (2 * webhooks.SENDERS)):
+            service.client.delete(f"/v1/requests/{service.submit(hooked(site, path))}")
+        wait_until(lambda: site.count("/hook") == 2 * webhooks.SENDERS, 20, "the messages to the others")
+        assert site.count("/slow") == 1 and not gate.is_set()
+    finally:
+        gate.set()
