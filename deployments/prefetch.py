@@ -196,7 +196,9 @@ class Prefetcher:
         for lora in spec.loras:
             opened = self._loras.open(lora, tick=self._tick, token=token)
             file = arrival.files[lora] = arrival.leases.enter_context(opened)
-            arrival.leases.enter_context(self._prepare(replace(file, expert=lora.transformer)))
+            with self._loras.suspects.trying(file.sha256) as harmless:
+                if harmless:
+                    arrival.leases.enter_context(self._prepare(replace(file, expert=lora.transformer)))
 
     def _tick(self) -> None:
         if self._closing.is_set():

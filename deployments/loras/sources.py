@@ -83,6 +83,7 @@ class Loras:
     ) -> None:
         self._root = root
         self._store = store
+        self.suspects = store.suspects
         self._fetcher = fetcher
         self._buckets = buckets
         self._max_bytes = max_bytes

@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cluster.metrics import Meter
+from deployments.loras.locks import locked
 from deployments.loras.references import SUFFIX, LoraFile
+from deployments.loras.suspects import Suspects
 
 _WAIT_S = 0.05
 """Pause between two tries of a lock that another process holds."""
@@ -57,6 +59,7 @@ class LoraStore:
         self._locks = root / "locks"
         self._incoming = root / "incoming"
         self._budget = budget
+        self.suspects = Suspects(root / "suspects")
         self.meter = Meter("disk")
 
     def find(self, sha256: str) -> Lease | None:
@@ -93,7 +96,7 @@ class LoraStore:
         for folder in (self._files, self._index, self._locks, self._incoming):
             folder.mkdir(parents=True, exist_ok=True)
         with (self._locks / _hashed(reference)[:_STRIPES]).open("wb") as lock:
-            while not _locked(lock):
+            while not locked(lock):
                 tick()
                 time.sleep(_WAIT_S)
             yield
@@ -183,20 +186,11 @@ def _entry_of(path: Path) -> dict[str, str]:
         return {}
 
 
-def _locked(lock: BinaryIO) -> bool:
-    """Lock a file alone, if nobody else has."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _remove_unused(path: Path) -> bool:
     """Remove a file unless somebody holds its lock, or was quicker."""
     try:
         with path.open("rb") as file:
-            if unused := _locked(file):
+            if unused := locked(file):
                 path.unlink()
     except FileNotFoundError:
         return False

@@ -187,6 +187,19 @@ def test_a_fault_of_our_own_costs_an_attempt_and_tells_no_secret(
     assert any(path.endswith("?signature=5ecret") for _, path, _ in bench.site.requests)
 
 
+def test_what_ended_a_process_is_brought_but_not_prepared_ahead_of_its_job(bench: Bench) -> None:
+    lora = LoraSpec(path=bench.site.file("/x.safetensors", bench.data))
+    first, second = bench.job(lora), bench.job(lora)
+    bench.offer(first)
+    sha256 = opened(bench.brought(first), lora).sha256
+    assert [file.sha256 for file in bench.prepared] == [sha256]
+    (bench.cache / "suspects" / f"{sha256}.of-a-dead-process").touch()
+    bench.offer(second)
+    with (arrival := bench.brought(second)).leases:
+        assert opened(arrival, lora).sha256 == sha256
+    assert len(bench.prepared) == 1
+
+
 def test_an_idle_replica_brings_one_at_a_time_until_that_takes_long(bench: Bench) -> None:
     jobs = [bench.job(bench.slow(f"/{n}.safetensors")) for n in range(SLOTS + 2)]
     assert [bench.offer(job) for job in jobs[:3]] == [Answer.BRING, Answer.LEAVE, Answer.LEAVE]
