@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 from urllib.parse import unquote
 
@@ -27,6 +27,13 @@ _BUCKET = re.compile(r"([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(.+)")
 _OTHER_KIND = re.compile(
     r".*\.(7z|bin|ckpt|gguf|gz|html?|jpe?g|json|onnx|pickle|pkl|png|pth?|rar|tar|txt|zip)", re.IGNORECASE
 )
+
+
+_SIGNATURE = re.compile(
+    r"(x-(amz|goog)-[^=]*|awsaccesskeyid|googleaccessid|key-pair-id|policy|signature|expires)(=.*)?",
+    re.IGNORECASE,
+)
+"""Parts of a query that sign it: of S3 and R2 (AWS's Signature 2 and 4), Google Cloud Storage, CloudFront."""
 
 
 class UrlNotAllowed(LoraReferenceError):
@@ -49,8 +56,14 @@ class WebFile:
 
     @property
     def text(self) -> str:
-        """The reference in its one form, secrets of the query included."""
-        return self.url.full
+        """The reference in its one form, secrets of the query included, but for what signs a presigned URL.
+
+        Each signature is another one, while the file is the same.
+        """
+        parts = self.url.query.split("&")
+        return replace(
+            self.url, query="&".join(part for part in parts if not _SIGNATURE.fullmatch(part))
+        ).full
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,6 +121,18 @@ def test_a_file_that_is_gone_from_the_store_is_fetched_again(
     assert "If-None-Match" in site.requests[-1][2]
 
 
+def test_a_url_that_is_presigned_anew_is_the_same_file(site: Site, loras: Loras) -> None:
+    url = site.file("/a", lora(1))
+    signed = "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Expires=60&versionId=3&X-Amz-Signature="
+    first = opened(loras, f"{url}?{signed}{SECRET}")
+    assert opened(loras, f"{url}?{signed}other") == first
+    assert site.requests[-1][1].endswith("Signature=other"), "asked with its own rights"
+    assert "If-None-Match" in site.requests[-1][2]
+    opened(loras, f"{url}?{signed.replace('=3', '=4')}other")
+    assert "If-None-Match" not in site.requests[-1][2]
+    assert loras._origin.read_bytes == 2 * len(lora(1))
+
+
 def test_without_an_etag_a_file_is_fetched_each_time(site: Site, loras: Loras) -> None:
     site.pages["/a"] = lambda request: answer(request, 200, lora(site.count("/a")))
     assert [opened(loras, site.url("/a")).sha256 for _ in "ab"] == [sha256(lora(1)), sha256(lora(2))]
