@@ -60,7 +60,7 @@ def judge(header: Header) -> Contents:
     """
     dialect = dialect_of(header)
     found = group(header.tensors)
-    scales = stated_scales(header.metadata)
+    scales = stated_scales(header.metadata, found)
     modules = {}
     # Sorted, for messages that stay the same: no order of a file's tensors means anything.
     for stem, parts in sorted(found.items()):

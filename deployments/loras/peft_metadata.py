@@ -1,4 +1,4 @@
-"""The LoRA configuration that diffusers and peft write into or beside a file: it has the alphas.
+"""The alphas in a file's metadata: of the LoRA configuration that diffusers and peft write, above all.
 
 A file with `.alpha` tensors has none, and most files of trainers have neither: alpha is then the rank.
 Imports no torch.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from deployments.loras.header import shorten, unsupported
 from deployments.loras.peft_folder import METADATA
 
 _COMPONENTS = ("transformer", "unet", "text_encoder", "text_encoder_2")
+
+_OF_MINIMAX_H3 = re.compile(r"(.*[._])?blocks[._]\d+[._]attn[._]qkv_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +39,16 @@ class Scales:
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def stated_scales(metadata: Mapping[str, str]) -> Scales:
-    """Read a file's metadata.
+def stated_scales(metadata: Mapping[str, str], stems: Collection[str]) -> Scales:
+    """Read the metadata of a file with the modules `stems`.
+
+    Of files for MiniMax-H3, as diffusers does, also a plain "alpha": turbo LoRAs have theirs there.
 
     Raises `JobFailure` (LORA_FORMAT_NOT_SUPPORTED) for a configuration that cannot be read, or of
     anything but a LoRA.
     """
     if METADATA not in metadata:
-        return Scales({})
+        return Scales({"": {"lora_alpha": _number(metadata.get("alpha", ""))}} if _are_of_h3(stems) else {})
     try:
         entries = json.loads(metadata[METADATA])
     except (ValueError, RecursionError) as error:
@@ -61,6 +66,17 @@ def stated_scales(metadata: Mapping[str, str]) -> Scales:
     if other := sorted(kinds - {"LORA"}):
         raise unsupported(f"is a {shorten(other[0])} of peft's, which is not supported")
     return Scales(configs)
+
+
+def _are_of_h3(stems: Collection[str]) -> bool:
+    return any(_OF_MINIMAX_H3.fullmatch(stem) for stem in stems)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _alpha(config: Mapping[str, Any], path: str) -> float | None:

@@ -6,11 +6,14 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from deployments.loras.architectures import Model, shapes_of
+from deployments.loras.header import read_header
+from deployments.loras.modules import judge
 from deployments.loras.references import open_lora
 from deployments.loras.targets import Targets
 from tests.studio import Studio, largest_difference
@@ -238,6 +241,22 @@ def test_minimax_h3_by_its_original_names(studio: Get, tmp_path: Path) -> None:
         for part, path in zip(parts, paths, strict=True):
             ours[f"transformer.{'.'.join(stem.split('.')[:-2])}.{path}.lora_{matrix}"] = part
     pictures_are_equal(used, tmp_path, ours, trainers)
+
+
+def test_a_plain_alpha_in_the_metadata_counts_for_minimax_h3_alone(studio: Get, tmp_path: Path) -> None:
+    used = studio("minimax_h3")
+    tensors = load_file(used.loras / used.names[0])
+    rank = tensors["diffusion_model.blocks.0.mlp.fc1.lora_A.weight"].shape[0]
+    doubled = {name: 2 * tensor if "lora_B" in name else tensor for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "turbo.safetensors", {"alpha": str(2 * rank)})
+    used.engine.use([(open_lora(tmp_path, "turbo.safetensors"), 1.0)])
+    turbo = used.picture()
+    save_file(doubled, tmp_path / "doubled.safetensors", {"alpha": "many"})
+    used.engine.use([(open_lora(tmp_path, "doubled.safetensors"), 1.0)])
+    assert np.array_equal(used.picture(), turbo)
+    flux = {"transformer.x.lora_A.weight": torch.ones(2, 4), "transformer.x.lora_B.weight": torch.ones(4, 2)}
+    save_file(flux, tmp_path / "flux.safetensors", {"alpha": "9"})
+    assert judge(read_header(tmp_path / "flux.safetensors")).modules["transformer.x"].scale is None
 
 
 def test_adaln_of_minimax_h3_has_no_effect_and_no_warning(studio: Get, tmp_path: Path) -> None:
