@@ -56,14 +56,8 @@ class WebFile:
 
     @property
     def text(self) -> str:
-        """The reference in its one form, secrets of the query included, but for what signs a presigned URL.
-
-        Each signature is another one, while the file is the same.
-        """
-        parts = self.url.query.split("&")
-        return replace(
-            self.url, query="&".join(part for part in parts if not _SIGNATURE.fullmatch(part))
-        ).full
+        """The reference in its one form, secrets of the query included."""
+        return self.url.full
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +115,14 @@ def parse(reference: str) -> RemoteFile | None:
     if _OTHER_KIND.fullmatch(url.path):
         raise _not_safetensors()
     return WebFile(url)
+
+
+def unsigned(file: RemoteFile) -> str:
+    """Return the reference without what signs a presigned URL: that changes, the file does not."""
+    if not isinstance(file, WebFile):
+        return file.text
+    parts = [part for part in file.url.query.split("&") if not _SIGNATURE.fullmatch(part)]
+    return replace(file.url, query="&".join(parts)).full
 
 
 def check(file: RemoteFile, hosts: Collection[str], buckets: Collection[str]) -> None:

@@ -33,7 +33,7 @@ from deployments.loras.header import (
     parse_header,
     read_header,
 )
-from deployments.loras.links import BucketFile, HubFile, RemoteFile, WebFile, check, parse
+from deployments.loras.links import BucketFile, HubFile, RemoteFile, WebFile, check, parse, unsigned
 from deployments.loras.modules import judge
 from deployments.loras.references import LoraFile, LoraReferenceError, open_lora
 from deployments.loras.store import Lease, LoraStore
@@ -151,7 +151,7 @@ class Loras:
         check(remote, self._fetcher.hosts, self._buckets)
         if expected and (lease := self._stored(expected)):
             return lease
-        with self._store.flight(remote.text, tick):
+        with self._store.flight(unsigned(remote), tick):
             if isinstance(remote, HubFile):
                 return self._from_hub(remote, expected, tick, token or get_token())
             get = partial(self._get_object if isinstance(remote, BucketFile) else self._get_url, remote)
@@ -159,7 +159,8 @@ class Loras:
 
     def _newest(self, remote: RemoteFile, fetch: _Fetch) -> Lease:
         """Return the file as it is at its source now; it is downloaded unless that version is here."""
-        sha256, version = self._store.recall(remote.text) or (None, None)
+        name = unsigned(remote)
+        sha256, version = self._store.recall(name) or (None, None)
         with ExitStack() as held, self._store.incoming() as into:
             # Held from here on: "unchanged" is worth nothing without the copy.
             copy_here = self._store.find(sha256) if sha256 else None
@@ -174,7 +175,7 @@ class Loras:
                 _judge(Path(into.name))
                 lease = self._store.keep(into, fetched.sha256)
                 if fetched.etag:
-                    self._store.remember(remote.text, fetched.sha256, fetched.etag)
+                    self._store.remember(name, fetched.sha256, fetched.etag)
                 return lease
             if copy_here:
                 held.pop_all()
