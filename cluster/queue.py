@@ -13,15 +13,7 @@ from cluster import claims, janitor, submission
 from cluster.batches import Batches
 from cluster.database import Watch, open_database
 from cluster.group_commit import GroupCommit
-from cluster.jobs import (
-    Claim,
-    Job,
-    JobState,
-    Lease,
-    LeaseLost,
-    NewJob,
-    Progress,
-)
+from cluster.jobs import Claim, Job, JobState, Lease, LeaseLost, NewJob, Progress
 from cluster.migrations import upgrade
 from cluster.outbox import Outbox
 from cluster.reports import Reports
