@@ -2,7 +2,7 @@
 
 Serve pickles this module by value into its controller and makes the policy anew on every deploy. It keeps no
 lock, Serve keeps what it has to remember, and its arguments hold no secret: they are logged. The thread that
-reads the table belongs to `cluster.load`, which the controller imports.
+reads the table belongs to `cluster.jobs.depth_reader`, which the controller imports.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from ray.serve.config import AutoscalingContext
 
-    from cluster.jobs import Depth
+    from cluster.jobs.model import Depth
 
 YIELD_AFTER_S = 10.0
 """Queue age at which another model's job without any replica takes idle replicas' place. A replica that only
@@ -38,8 +38,8 @@ class QueuePolicy:
 
         `yield_busy_after_s` may be another bound in seconds than `YIELD_BUSY_AFTER_S`.
         """
-        from cluster.database import jobs_url
-        from cluster.load import load_reader
+        from cluster.databases.database import jobs_url
+        from cluster.jobs.depth_reader import load_reader
 
         self._model = model
         self._yield_busy_after_s = yield_busy_after_s

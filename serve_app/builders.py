@@ -10,10 +10,10 @@ import ray
 from ray import serve
 from ray.serve import Application
 
-from cluster.database import jobs_url
+from cluster.databases.database import jobs_url
 from cluster.telemetry import configure_logging
-from deployments.worker import Worker, WorkerConfig
-from serve_app.numbers import GATEWAY_OPTIONS, worker_options
+from deployments.worker.replica import Worker, WorkerConfig
+from serve_app.deployment_options import GATEWAY_OPTIONS, worker_options
 from serve_app.settings import GatewayArgs, ModelsArgs, Settings
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def gateway(args: GatewayArgs) -> Application:
 
     def app() -> FastAPI:
         # Built on the replica: a live application does not travel.
-        from serve_app.gateway import create_app
+        from serve_app.gateway.app import create_app
 
         configure_logging()
         return create_app(args)
@@ -43,7 +43,7 @@ def gateway(args: GatewayArgs) -> Application:
 
 
 class Gateway:
-    """The gateway for who holds a handle of its deployment, as `serve_app.ray_client` does: the same routes.
+    """The gateway, also by deployment handle: `serve_app.client.ray_client` calls the same routes.
 
     They ask for the same keys. Against somebody with Ray client, who may do anything in the cluster, keys
     protect nothing; but they say whose a job is.

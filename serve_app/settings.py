@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from cluster.urls import parse_hosts
+from cluster.net.urls import parse_hosts
 from deployments.catalog import CATALOG
-from serve_app.schemas import MAX_ITEMS
+from serve_app.wire.requests import MAX_ITEMS
 
 Models = TypeVar("Models", bound=Iterable[str])
 
@@ -103,7 +103,7 @@ class GatewayArgs(Settings):
 
     `base_url` is how clients reach it, with no slash at the end. The bounds on queued jobs may be overshot by
     requests that come at once. `retention_days` counts from a job's end; 0 keeps jobs and outputs for ever.
-    Keys are no setting: Serve logs these arguments, so `serve_app.auth` reads the environment by itself.
+    Keys are no setting: Serve logs these arguments, so `serve_app.gateway.auth` reads the environment itself.
     """
 
     base_url: Annotated[str, Field(validation_alias="BASE_URL")] = "http://127.0.0.1:8000"

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from tests.s3 import Proxy, S3Server
-    from tests.studio import Studio
+    from tests.support.s3 import Proxy, S3Server
+    from tests.support.studio import Studio
 
 # How long an example takes says more of the machine than of the code.
 settings.register_profile("untimed", deadline=None)
@@ -43,9 +43,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def new_studio(checkpoints: Path) -> Callable[..., Studio]:
     """Make a studio with an engine of its own for a model id."""
     from deployments.catalog import CATALOG
-    from deployments.checkpoints import Checkpoints
-    from deployments.engine import Engine
-    from tests.studio import Studio
+    from deployments.engine.checkpoints import Checkpoints
+    from deployments.engine.engine import Engine
+    from tests.support.studio import Studio
 
     def make(model: str, **options: Any) -> Studio:
         engine = Engine(CATALOG[model], Checkpoints(checkpoints, None), device="cpu", **options)
@@ -71,7 +71,7 @@ def studio(new_studio: Callable[..., Studio]) -> Callable[[str], Studio]:
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """One S3 server for all tests."""
-    from tests.s3 import serving_s3
+    from tests.support.s3 import serving_s3
 
     with serving_s3(tmp_path_factory.mktemp("s3")) as server:
         yield server
@@ -80,7 +80,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture
 def s3_url(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     """The URL of a store of the test's own; the environment leads to its server, with keys that it takes."""
-    from tests.s3 import BUCKET
+    from tests.support.s3 import BUCKET
 
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
@@ -90,7 +90,7 @@ def s3_url(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def s3_proxy(s3_server: S3Server, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """Stands between the server and the S3 stores that the test makes."""
-    from tests.s3 import Proxy
+    from tests.support.s3 import Proxy
 
     proxy = Proxy(s3_server.url)
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)

@@ -20,11 +20,11 @@ def test_the_tree_is_clean(command: list[str]) -> None:
     "module",
     [
         "serve_app",
-        "serve_app.gateway",
-        "serve_app.cli",
+        "serve_app.gateway.app",
+        "serve_app.cli.main",
         "serve_app.client",
         "deployments.catalog",
-        "deployments.worker",
+        "deployments.worker.replica",
     ],
 )
 def test_import_loads_nothing_heavy(module: str) -> None:

@@ -20,7 +20,7 @@ from deployments.catalog import (
     wan,
     zimage,
 )
-from deployments.catalog.spec import (
+from deployments.catalog.model_spec import (
     Checkpoint,
     ControlImages,
     HighResolution,

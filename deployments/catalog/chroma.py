@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from deployments.catalog.model_spec import Checkpoint, ModelSpec, Preview
 from deployments.catalog.schedules import FLUX_SCHEDULE
-from deployments.catalog.spec import Checkpoint, ModelSpec, Preview
 
 ROWS = (
     ModelSpec(

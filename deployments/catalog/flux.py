@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from deployments.catalog.choices import first
+from deployments.catalog.control_choices import first
+from deployments.catalog.model_spec import Checkpoint, ControlImages, ModelSpec, Preview
 from deployments.catalog.schedules import FLUX_SCHEDULE
-from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Preview
 
 ROWS = (
     ModelSpec(

@@ -7,8 +7,8 @@ from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Any
 
-from deployments.catalog.choices import main_in_front
-from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Part, Preview
+from deployments.catalog.control_choices import main_in_front
+from deployments.catalog.model_spec import Checkpoint, ControlImages, ModelSpec, Part, Preview
 
 FLOW_UNSHIFTED: tuple[str, Mapping[str, Any]] = (
     "FlowMatchEulerDiscreteScheduler",

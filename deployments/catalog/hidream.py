@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from deployments.catalog.choices import first
-from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Part, Preview
+from deployments.catalog.control_choices import first
+from deployments.catalog.model_spec import Checkpoint, ControlImages, ModelSpec, Part, Preview
 
 LLAMA = Checkpoint(repo="unsloth/Meta-Llama-3.1-8B-Instruct")
 

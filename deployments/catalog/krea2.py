@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from deployments.catalog.choices import main_shown_twice
-from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Part, Preview
+from deployments.catalog.control_choices import main_shown_twice
+from deployments.catalog.model_spec import Checkpoint, ControlImages, ModelSpec, Part, Preview
 
 RAW = Checkpoint(repo="krea/Krea-2-Raw", gated=True)
 TURBO = Checkpoint(repo="krea/Krea-2-Turbo", gated=True)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from deployments.catalog.choices import only_one
-from deployments.catalog.spec import (
+from deployments.catalog.control_choices import only_one
+from deployments.catalog.model_spec import (
     Checkpoint,
     ControlImages,
     HighResolution,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from types import MappingProxyType
 
-from deployments.catalog.choices import first_as_sent
-from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Part, Preview, Video
+from deployments.catalog.control_choices import first_as_sent
+from deployments.catalog.model_spec import Checkpoint, ControlImages, ModelSpec, Part, Preview, Video
 
 H3 = Checkpoint(repo="MiniMaxAI/MiniMax-H3")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from deployments.catalog.choices import main_only
-from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Preview
+from deployments.catalog.control_choices import main_only
+from deployments.catalog.model_spec import Checkpoint, ControlImages, ModelSpec, Preview
 
 ROWS = (
     ModelSpec(

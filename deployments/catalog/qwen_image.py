@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from deployments.catalog.choices import first, main_shown_twice
-from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Preview
+from deployments.catalog.control_choices import first, main_shown_twice
+from deployments.catalog.model_spec import Checkpoint, ControlImages, ModelSpec, Preview
 
 QWEN_IMAGE_GIB: Mapping[str, float] = MappingProxyType(
     {"transformer": 38.1, "text_encoder": 15.5, "vae": 0.24}

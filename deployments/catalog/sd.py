@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from deployments.catalog.spec import Checkpoint, ModelSpec, Preview
+from deployments.catalog.model_spec import Checkpoint, ModelSpec, Preview
 
 TRAINER_DDPM: tuple[str, Mapping[str, Any]] = (
     "DDPMScheduler",

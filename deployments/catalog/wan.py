@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from deployments.catalog.choices import only_one
-from deployments.catalog.spec import Checkpoint, ControlImages, ModelSpec, Part, Preview, Video
+from deployments.catalog.control_choices import only_one
+from deployments.catalog.model_spec import Checkpoint, ControlImages, ModelSpec, Part, Preview, Video
 
 _UNIPC: Mapping[str, Any] = MappingProxyType(
     {"num_train_timesteps": 1000, "prediction_type": "flow_prediction", "use_flow_sigmas": True}

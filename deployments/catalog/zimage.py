@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from deployments.catalog.spec import Checkpoint, ModelSpec, Part, Preview
+from deployments.catalog.model_spec import Checkpoint, ModelSpec, Part, Preview
 
 FLOW_SHIFT_3: tuple[str, Mapping[str, Any]] = (
     "FlowMatchEulerDiscreteScheduler",

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deployments.render import PromptSpec
+from deployments.catalog.job_spec import PromptSpec
 
 _TEXT_TOKENS = 512
 

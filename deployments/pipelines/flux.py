@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from deployments.render import PromptSpec
+from deployments.catalog.job_spec import PromptSpec
 
 
 def edit_arguments(_pipeline: Any, prompt: PromptSpec, controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from deployments.render import PromptSpec
+from deployments.catalog.job_spec import PromptSpec
 
 
 def complete_tokenizer(pipeline: Any) -> None:  # noqa: ANN401 - any diffusers pipeline

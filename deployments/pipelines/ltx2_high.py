@@ -10,8 +10,8 @@ import torch
 from diffusers.pipelines.ltx2.pipeline_output import LTX2PipelineOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from deployments.progress import Progress
-from deployments.tiling import tiled_decode
+from deployments.engine.progress import Progress
+from deployments.engine.tiling import tiled_decode
 
 _SIGMAS = (0.909375, 0.725, 0.421875)
 """Of the steps that refine, as the reference server has them; the noise begins at the first."""

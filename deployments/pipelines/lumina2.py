@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from deployments.render import PromptSpec
+from deployments.catalog.job_spec import PromptSpec
 
 _TEXT_TOKENS = 256
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from deployments.catalog import CATALOG, Checkpoint, ModelSpec
-from deployments.memory import needed_gib
+from deployments.catalog.memory import needed_gib
 
 FOLDER = Path(__file__).parent
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from cluster.jobs import JobState
+from cluster.jobs.model import JobState
 
 
 def _one_zone(value: object) -> object:

@@ -13,7 +13,7 @@ from urllib.parse import quote
 from PIL import Image
 from pydantic import BaseModel, ValidationError
 
-from cluster.jobs import JobState
+from cluster.jobs.model import JobState
 from serve_app.client.answers import Model, Models, Output, Result, Status, Submitted
 from serve_app.client.errors import JobFailed, Refused, WaitTimeout
 from serve_app.client.files import Saving, copy_local

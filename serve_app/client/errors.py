@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from cluster.jobs import JobState
+from cluster.jobs.model import JobState
 from serve_app.client.answers import Status
 
 

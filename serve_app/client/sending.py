@@ -37,7 +37,7 @@ LIMITS = httpx.Limits(max_connections=None)
 """Long polls hold a connection each; who wants fewer of them asks for less at a time."""
 
 Request = Mapping[str, Any] | BaseModel
-"""A body of `POST /v1/inference`: a mapping, or a `serve_app.schemas.InferenceRequest`.
+"""A body of `POST /v1/inference`: a mapping, or a `serve_app.wire.requests.InferenceRequest`.
 
 In a mapping a control image may also be a `Path`, or a picture of Pillow.
 """

@@ -35,14 +35,14 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import select
 
-from cluster.database import open_database
-from cluster.jobs import JobState
-from cluster.schema import jobs
-from deployments.tiny import write_tiny_checkpoints, write_tiny_lora
+from cluster.databases.database import open_database
+from cluster.jobs.model import JobState
+from cluster.jobs.schema import jobs
+from deployments.engine.tiny import write_tiny_checkpoints, write_tiny_lora
 from serve_app.client import AsyncLoraServe
 from tests.benchmarks.jobs import body
 from tests.benchmarks.load import drive, http
-from tests.service import edited_config, free_port, replica_pids, serve_run
+from tests.support.service import edited_config, free_port, replica_pids, serve_run
 
 CLIENTS = 500
 TOGETHER = 25

@@ -37,14 +37,14 @@ from rich.table import Table
 from safetensors.numpy import save_file
 from sqlalchemy import select
 
-from cluster.database import open_database
-from cluster.queue import JobQueue
-from cluster.schema import jobs
-from serve_app.config import render_config
+from cluster.databases.database import open_database
+from cluster.jobs.queue import JobQueue
+from cluster.jobs.schema import jobs
+from serve_app.config_file import render_config
 from tests.benchmarks.load import Answers, drive, http
-from tests.cluster.postgres import PostgresServer
-from tests.cluster.tables import empty, new_job
-from tests.service import free_port, serve_run, wait_until
+from tests.cluster.databases.postgres import PostgresServer
+from tests.cluster.jobs.tables import empty, new_job
+from tests.support.service import free_port, serve_run, wait_until
 
 CLIENTS = (1, 16, 64)
 ROUNDS = 3

@@ -24,18 +24,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cluster.objects import DirectoryStore
-from cluster.queue import JobQueue
+from cluster.jobs.queue import JobQueue
+from cluster.objects.store import DirectoryStore
 from deployments.catalog import CATALOG
-from deployments.checkpoints import Checkpoints
-from deployments.engine import Engine
-from deployments.rendering import Report, Unwatched, render_job
-from deployments.tiny import write_tiny_checkpoints, write_tiny_lora
-from serve_app.admission import admit
-from serve_app.render import open_sources
-from serve_app.schemas import InferenceRequest
+from deployments.engine.checkpoints import Checkpoints
+from deployments.engine.engine import Engine
+from deployments.engine.job import Report, Unwatched, render_job
+from deployments.engine.tiny import write_tiny_checkpoints, write_tiny_lora
+from serve_app.admission.admit import admit
+from serve_app.cli.render import open_sources
 from serve_app.settings import Settings
-from tests.service import edited_config, finished, free_port, serve_run, submit
+from serve_app.wire.requests import InferenceRequest
+from tests.support.service import edited_config, finished, free_port, serve_run, submit
 
 LORAS = ("a.safetensors", "b.safetensors")
 ROUNDS = 25

@@ -30,10 +30,10 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from deployments.loras.adapters import Adapters
-from deployments.loras.conversion import Converter, layers_of
-from deployments.loras.host import HostTier
-from deployments.loras.references import LoraFile, open_lora
+from deployments.loras.adapters.conversion import Converter, layers_of
+from deployments.loras.adapters.device import Adapters
+from deployments.loras.adapters.host import HostTier
+from deployments.loras.sources.lora_root import LoraFile, open_lora
 from tests.benchmarks.rotation import measure_rotations
 
 StateDict: TypeAlias = Mapping[str, torch.Tensor]

@@ -22,9 +22,9 @@ from multiprocessing.synchronize import Barrier
 from rich.console import Console
 from rich.table import Table
 
-from cluster.queue import JobQueue
-from tests.cluster.postgres import PostgresServer
-from tests.cluster.tables import MODEL, new_job
+from cluster.jobs.queue import JobQueue
+from tests.cluster.databases.postgres import PostgresServer
+from tests.cluster.jobs.tables import MODEL, new_job
 
 JOBS = 20_000
 LORAS = 200

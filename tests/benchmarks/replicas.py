@@ -10,14 +10,14 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import TypeAlias
 
-from cluster.jobs import NewJob
-from cluster.objects import DirectoryStore
-from cluster.queue import JobQueue
-from deployments.claiming import ClaimLoop
-from deployments.engine import Engine
-from deployments.heartbeat import Heartbeat
-from deployments.render import LoraSpec, PromptSpec, RenderSpec
-from serve_app.render import open_sources
+from cluster.jobs.model import NewJob
+from cluster.jobs.queue import JobQueue
+from cluster.objects.store import DirectoryStore
+from deployments.catalog.job_spec import LoraSpec, PromptSpec, RenderSpec
+from deployments.engine.engine import Engine
+from deployments.worker.claiming import ClaimLoop
+from deployments.worker.heartbeat import Heartbeat
+from serve_app.cli.render import open_sources
 from serve_app.settings import Settings
 
 MakeEngine: TypeAlias = Callable[[Path], Engine]

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from cluster.queue import JobQueue
+from cluster.jobs.queue import JobQueue
 from deployments.catalog import CATALOG
-from deployments.checkpoints import Checkpoints
-from deployments.engine import Engine
-from deployments.render import PromptSpec
-from deployments.tiny import write_tiny_checkpoints, write_tiny_lora
+from deployments.catalog.job_spec import PromptSpec
+from deployments.engine.checkpoints import Checkpoints
+from deployments.engine.engine import Engine
+from deployments.engine.tiny import write_tiny_checkpoints, write_tiny_lora
 from tests.benchmarks.replicas import job_with, workers
 
 ROTATIONS = (1, 2, 8, 64)

@@ -10,16 +10,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from deployments import engine as engines
 from deployments.catalog import CATALOG
-from deployments.checkpoints import Checkpoints
-from deployments.engine import Engine
-from deployments.loras.conversion import Converter
-from deployments.loras.packed import Packed
-from deployments.loras.references import LoraFile
-from deployments.media import Media
-from deployments.progress import Observer
-from deployments.render import PromptSpec
+from deployments.catalog.job_spec import PromptSpec
+from deployments.engine import engine as engines
+from deployments.engine.checkpoints import Checkpoints
+from deployments.engine.engine import Engine
+from deployments.engine.media import Media
+from deployments.engine.progress import Observer
+from deployments.loras.adapters.conversion import Converter
+from deployments.loras.adapters.packed import Packed
+from deployments.loras.sources.lora_root import LoraFile
 
 RUN_S = 0.8
 """What a job takes: few steps of a distilled model."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 from ray.serve import Application
 
-from cluster.jobs import Job, JobState, NewJob
+from cluster.jobs.model import Job, JobState, NewJob
 from serve_app.settings import GatewayArgs
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def build_unstored(args: GatewayArgs) -> Application:
     """Build the gateway as `serve_app.build_gateway` does, but one that stores nothing."""
 
     def app() -> "FastAPI":
-        from serve_app.gateway import create_app
+        from serve_app.gateway.app import create_app
 
         return without_insert(create_app(args))
 

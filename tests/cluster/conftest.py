@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.queue import JobQueue
-from tests.cluster.postgres import PostgresServer
+from cluster.jobs.queue import JobQueue
+from tests.cluster.databases.postgres import PostgresServer
 
 
 @pytest.fixture(scope="session")

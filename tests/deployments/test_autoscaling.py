@@ -13,15 +13,15 @@ from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 from sqlalchemy import update
 
-from cluster import load
-from cluster.database import open_database
-from cluster.jobs import JobState, NewJob
-from cluster.queue import JobQueue
-from cluster.schema import jobs
+from cluster.databases.database import open_database
+from cluster.jobs import depth_reader as load
+from cluster.jobs.model import JobState, NewJob
+from cluster.jobs.queue import JobQueue
+from cluster.jobs.schema import jobs
 from deployments import autoscaling
 from deployments.autoscaling import YIELD_AFTER_S, YIELD_BUSY_AFTER_S, QueuePolicy
-from serve_app.numbers import worker_options
-from tests.service import wait_until
+from serve_app.deployment_options import worker_options
+from tests.support.service import wait_until
 
 
 @pytest.fixture

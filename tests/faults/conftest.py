@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.service import OUTCOMES, Service, serving
-from tests.s3 import BUCKET, Proxy, S3Server
+from tests.support.s3 import BUCKET, Proxy, S3Server
 
 
 @pytest.fixture(scope="module")

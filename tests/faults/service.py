@@ -14,12 +14,12 @@ from typing import Any
 
 import httpx
 
-from cluster.jobs import Job, JobState, StoreUnavailable
-from cluster.objects import ObjectStore, open_store
-from cluster.queue import JobQueue
+from cluster.jobs.model import Job, JobState, StoreUnavailable
+from cluster.jobs.queue import JobQueue
+from cluster.objects.store import ObjectStore, open_store
 from tests.faults.contract import check_contract
 from tests.parity.cases import FOLDER
-from tests.service import (
+from tests.support.service import (
     descendants,
     edited_config,
     free_port,

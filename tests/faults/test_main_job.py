@@ -17,11 +17,11 @@ from contextlib import closing
 import httpx
 import pytest
 
-from cluster.jobs import Claim, FailureCode, JobState
-from tests.cluster.tables import locked
+from cluster.jobs.model import Claim, FailureCode, JobState
+from tests.cluster.jobs.tables import locked
 from tests.faults.service import MODELS, Service, body, kill_unless_last_attempt, long_body
-from tests.s3 import Proxy, delayed, passed_on, refused, reset_after_sending
-from tests.service import finished, replica_pids, wait_until
+from tests.support.s3 import Proxy, delayed, passed_on, refused, reset_after_sending
+from tests.support.service import finished, replica_pids, wait_until
 
 pytestmark = pytest.mark.slow
 

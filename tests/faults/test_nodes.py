@@ -16,15 +16,15 @@ import pytest
 import yaml
 from ray.cluster_utils import Cluster
 
-from cluster.jobs import JobState
-from cluster.objects import open_store
-from cluster.queue import JobQueue
-from tests.cluster.postgres import PostgresServer
+from cluster.jobs.model import JobState
+from cluster.jobs.queue import JobQueue
+from cluster.objects.store import open_store
+from tests.cluster.databases.postgres import PostgresServer
 from tests.faults.redis import PASSWORD, serving_redis
 from tests.faults.service import Service, body, long_body, worker_config
 from tests.parity.cases import FOLDER
-from tests.s3 import BUCKET, S3Server
-from tests.service import finished, free_port, replica_pids, serve_run, submit, wait_until
+from tests.support.s3 import BUCKET, S3Server
+from tests.support.service import finished, free_port, replica_pids, serve_run, submit, wait_until
 
 pytestmark = pytest.mark.slow
 

@@ -10,11 +10,11 @@ from contextlib import suppress
 
 import pytest
 
-from cluster.jobs import JobState
-from tests.cluster.tables import locked
+from cluster.jobs.model import JobState
+from tests.cluster.jobs.tables import locked
 from tests.faults.service import MODELS, Service, body, kill_unless_last_attempt, long_body
-from tests.s3 import Proxy, passed_on, refused
-from tests.service import replica_pids, wait_until
+from tests.support.s3 import Proxy, passed_on, refused
+from tests.support.service import replica_pids, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(0)]
 

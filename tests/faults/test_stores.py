@@ -20,11 +20,11 @@ import psutil
 import pytest
 from ray._private.utils import get_num_cpus
 
-from cluster.jobs import FailureCode, JobState
-from tests.cluster.postgres import PostgresServer
+from cluster.jobs.model import FailureCode, JobState
+from tests.cluster.databases.postgres import PostgresServer
 from tests.faults.service import MODELS, Service, body, kill_all, long_body, serving
-from tests.service import descendants, replica_pids, wait_until
-from tests.web import Site, serving_site
+from tests.support.service import descendants, replica_pids, wait_until
+from tests.support.web import Site, serving_site
 
 pytestmark = pytest.mark.slow
 

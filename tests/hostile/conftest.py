@@ -15,24 +15,24 @@ from typing import Any
 
 import pytest
 
-from cluster.net import Fetcher, resolve_name
-from cluster.pace import Limits
-from cluster.queue import JobQueue
+from cluster.jobs.queue import JobQueue
+from cluster.net.fetcher import Fetcher, resolve_name
+from cluster.net.limits import Limits
+from cluster.net.urls import parse_hosts
 from cluster.telemetry import JsonLines
-from cluster.urls import parse_hosts
-from deployments import publish
 from deployments.catalog import CATALOG
-from deployments.checkpoints import Checkpoints
-from deployments.claiming import ClaimLoop
-from deployments.controls import Controls
-from deployments.engine import Engine
-from deployments.heartbeat import Heartbeat
-from deployments.loras.sources import Loras
-from deployments.loras.store import LoraStore
+from deployments.engine.checkpoints import Checkpoints
+from deployments.engine.control_images import Controls
+from deployments.engine.engine import Engine
+from deployments.loras.sources.cache import LoraStore
+from deployments.loras.sources.loras import Loras
+from deployments.worker import publish
+from deployments.worker.claiming import ClaimLoop
+from deployments.worker.heartbeat import Heartbeat
 from tests.parity.cases import FOLDER
 from tests.serve_app.conftest import Service, base64_png, serving
-from tests.service import finished
-from tests.web import Site, serving_site
+from tests.support.service import finished
+from tests.support.web import Site, serving_site
 
 MODEL = "flux_kontext"
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.hostile.conftest import LORA, MAX_LORA_BYTES, QUERY, TOKEN, Stage, request
-from tests.web import Page, answer, redirect
+from tests.support.web import Page, answer, redirect
 
 DATA = LORA.read_bytes()
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from deployments.loras.header import MAX_HEADER_BYTES, MAX_TENSORS
+from deployments.loras.format.header import MAX_HEADER_BYTES, MAX_TENSORS
 from tests.hostile.conftest import LORA, QUERY, Stage, request
 
 LAYER = "transformer.single_transformer_blocks.0.attn.to_q"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import MetaData, create_engine, select
 
-from cluster.jobs import JobState
-from tests.cluster.postgres import PostgresServer
+from cluster.jobs.model import JobState
+from tests.cluster.databases.postgres import PostgresServer
 from tests.hostile.conftest import API_KEY, LORA, PROMPT, QUERY, SECRET, SECRET_KEY, TOKEN, Stage, request
 from tests.serve_app.conftest import serving
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deployments.videos import Sound
+from deployments.engine.videos import Sound
 
 FOLDER = Path(__file__).parent
 
@@ -127,8 +127,8 @@ def _case(model: str, entry: dict[str, Any]) -> Case:
 
 def write_mirror(target: Path) -> None:
     """Write the tiny checkpoint of every repository as an `org--name` folder below `target`."""
+    from deployments.engine.tiny import materialize
     from deployments.pipelines.hidream_o1 import PixelTransformer
-    from deployments.tiny import materialize
 
     # Its config is a plain Qwen3-VL's.
     classes = {"HiDream-ai/HiDream-O1-Image": PixelTransformer}

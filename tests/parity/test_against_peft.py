@@ -13,9 +13,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from deployments.loras.references import open_lora
+from deployments.loras.sources.lora_root import open_lora
 from tests.parity.cases import FOLDER, MODELS, each
-from tests.studio import Studio, largest_difference
+from tests.support.studio import Studio, largest_difference
 
 pytestmark = pytest.mark.usefixtures("small_canvas")
 

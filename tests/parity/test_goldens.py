@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from deployments.catalog import CATALOG
-from deployments.videos import Sound
-from serve_app.cli import app
+from deployments.engine.videos import Sound
+from serve_app.cli.main import app
 from tests.parity.cases import FOLDER, Case, load_cases, load_previews
 
 CASES = load_cases() + load_previews()

@@ -15,11 +15,11 @@ import yaml
 from PIL import Image, ImageSequence
 
 from deployments.catalog import CATALOG
-from deployments.media import Media, save
-from deployments.videos import Sound
+from deployments.engine.media import Media, save
+from deployments.engine.videos import Sound
 from tests.parity.cases import MODELS, Case, load_cases, load_previews
-from tests.service import finished, free_port, serve_run, submit
-from tests.videos import read_mp4, read_sound
+from tests.support.service import finished, free_port, serve_run, submit
+from tests.support.videos import read_mp4, read_sound
 
 pytestmark = pytest.mark.slow
 

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster.jobs import Phase
+from cluster.jobs.model import Phase
 from deployments.catalog import CATALOG
-from deployments.checkpoints import Checkpoints
-from deployments.engine import Engine
-from deployments.loras.references import open_lora
-from deployments.media import Media
-from deployments.rendering import Unwatched
-from deployments.tiny import materialize
+from deployments.engine.checkpoints import Checkpoints
+from deployments.engine.engine import Engine
+from deployments.engine.job import Unwatched
+from deployments.engine.media import Media
+from deployments.engine.tiny import materialize
+from deployments.loras.sources.lora_root import open_lora
 from tests.parity.cases import FOLDER, load_deep_preview
 from tests.parity.test_rules import Interrupted, Recording
-from tests.studio import Studio
+from tests.support.studio import Studio
 
 Get = Callable[[str], Studio]
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster.jobs import Phase
+from cluster.jobs.model import Phase
 from deployments.catalog import CATALOG
-from deployments.media import Media
-from deployments.rendering import Unwatched
+from deployments.engine.job import Unwatched
+from deployments.engine.media import Media
 from tests.parity.test_rules import Interrupted
-from tests.studio import Studio
+from tests.support.studio import Studio
 
 Get = Callable[[str], Studio]
 

@@ -11,7 +11,7 @@ from PIL import Image
 from deployments.catalog import CATALOG
 from tests.parity.cases import MODELS, each
 from tests.parity.test_rules import Interrupted, Interrupting
-from tests.studio import Studio
+from tests.support.studio import Studio
 
 pytestmark = pytest.mark.usefixtures("small_canvas")
 

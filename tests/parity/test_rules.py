@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from cluster.jobs import Phase
+from cluster.jobs.model import Phase
 from deployments.catalog import CATALOG
 from tests.parity.cases import FOLDER, MODELS, each
-from tests.studio import Studio, Unwatched, largest_difference
+from tests.support.studio import Studio, Unwatched, largest_difference
 
 pytestmark = pytest.mark.usefixtures("small_canvas")
 

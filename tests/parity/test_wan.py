@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from cluster.jobs import Phase
+from cluster.jobs.model import Phase
 from deployments.catalog import CATALOG
-from deployments.loras.references import LoraFile, open_lora
-from deployments.rendering import Unwatched
-from tests.studio import Studio, largest_difference
+from deployments.engine.job import Unwatched
+from deployments.loras.sources.lora_root import LoraFile, open_lora
+from tests.support.studio import Studio, largest_difference
 
 Get = Callable[[str], Studio]
 

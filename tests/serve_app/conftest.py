@@ -23,14 +23,14 @@ from fastapi import FastAPI
 from PIL import Image
 from safetensors.numpy import save_file
 
-from cluster.jobs import Claim, Job, JobState
-from cluster.objects import DirectoryStore
-from cluster.queue import JobQueue
-from deployments.render import RenderSpec
-from serve_app.admission import admit
-from serve_app.gateway import create_app
-from serve_app.schemas import InferenceRequest
+from cluster.jobs.model import Claim, Job, JobState
+from cluster.jobs.queue import JobQueue
+from cluster.objects.store import DirectoryStore
+from deployments.catalog.job_spec import RenderSpec
+from serve_app.admission.admit import admit
+from serve_app.gateway.app import create_app
 from serve_app.settings import GatewayArgs, Settings
+from serve_app.wire.requests import InferenceRequest
 
 
 def png(width: int = 24, height: int = 16, colour: tuple[int, int, int] = (200, 30, 90)) -> bytes:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deployments.pipelines.chroma import _encode
-from tests.studio import Studio
+from tests.support.studio import Studio
 
 
 @pytest.mark.parametrize(

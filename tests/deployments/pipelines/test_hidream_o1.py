@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLForConditionalGeneration
 
-from deployments.loading import Loader
-from deployments.loras.references import open_lora
+from deployments.engine.loading import Loader
+from deployments.engine.tiny import materialize
+from deployments.loras.sources.lora_root import open_lora
 from deployments.pipelines.hidream_o1 import (
     NOISE_SCALE,
     PixelTransformer,
@@ -22,9 +23,8 @@ from deployments.pipelines.hidream_o1 import (
     to_patches,
     to_pixels,
 )
-from deployments.tiny import materialize
 from tests.parity.cases import FOLDER
-from tests.studio import Studio
+from tests.support.studio import Studio
 
 GOLDEN = FOLDER / "hidream_o1"
 TRAIN = json.loads((GOLDEN / "train.json").read_text())

@@ -18,7 +18,7 @@ from deployments.pipelines.krea2_edit import (
     edit_arguments,
     edit_preview_arguments,
 )
-from tests.studio import Studio
+from tests.support.studio import Studio
 
 IDS = ("krea2_o_edit", "krea2_o_edit_turbo")
 

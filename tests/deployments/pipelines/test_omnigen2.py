@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deployments.pipelines.omnigen2_transformer import OmniGen2Transformer2DModel
 from tests.parity.cases import FOLDER
-from tests.studio import Studio
+from tests.support.studio import Studio
 
 BUNDLE = FOLDER / "omnigen2"
 

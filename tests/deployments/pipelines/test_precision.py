@@ -12,9 +12,9 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from PIL import Image
 
-from deployments.loading import Loader
-from deployments.rendering import Unwatched
-from tests.studio import Studio
+from deployments.engine.job import Unwatched
+from deployments.engine.loading import Loader
+from tests.support.studio import Studio
 
 NewStudio = Callable[[str], Studio]
 

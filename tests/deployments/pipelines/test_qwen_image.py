@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from deployments.pipelines.qwen_image import edit_arguments, edit_plus_arguments, edit_plus_preview_arguments
-from tests.studio import Studio
+from tests.support.studio import Studio
 
 MEAN, STD = (torch.tensor(values) for values in ((0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)))
 """Of CLIP, by channel."""

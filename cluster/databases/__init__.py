@@ -1,0 +1,1 @@
+"""The databases that can hold the job table: transactions, clocks and change feeds."""

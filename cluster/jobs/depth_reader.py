@@ -1,0 +1,72 @@
+"""How busy each model is, read from the job table by one background thread per process and table."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+
+from cluster.jobs.model import Depth, StoreUnavailable
+from cluster.jobs.queue import JobQueue
+
+logger = logging.getLogger(__name__)
+
+READ_S = 0.25
+"""Pause between two readings."""
+
+STALE_S = 5.0
+"""Age at which a reading no longer counts: the table is away."""
+
+DEPLOYED_S = 10.0
+"""How long a model counts as deployed here after its policy has asked; Serve asks several times a second.
+With no model deployed the table is not read."""
+
+
+class LoadReader:
+    """The latest depths of all models, never waited for."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._depths: Mapping[str, Depth] = {}
+        self._read_at = float("-inf")
+        self._asked: dict[str, float] = {}
+        self._wanted_at = time.monotonic()
+        threading.Thread(target=self._loop, name="load-reader", daemon=True).start()
+
+    def latest(self, model: str) -> Mapping[str, Depth] | None:
+        """Depth by id of the models that are deployed, idle ones absent; None while the table cannot be read.
+
+        Asked for by the policy of `model`, which is deployed therefore. Jobs of a model that is not wait for
+        nobody: they must not make others yield.
+        """
+        now = time.monotonic()
+        self._asked[model] = self._wanted_at = now
+        if now - self._read_at >= STALE_S:
+            return None
+        deployed = {name for name, asked in self._asked.copy().items() if now - asked < DEPLOYED_S}
+        return {name: depth for name, depth in self._depths.items() if name in deployed}
+
+    def _loop(self) -> None:
+        queue: JobQueue | None = None
+        while True:
+            try:
+                if time.monotonic() - self._wanted_at < DEPLOYED_S:
+                    queue = queue or JobQueue(self._url)
+                    self._depths, self._read_at = queue.depths(), time.monotonic()
+            except StoreUnavailable:
+                logger.warning("the job table is away; replica counts stay as they are")
+                time.sleep(STALE_S)
+            time.sleep(READ_S)
+
+
+_readers: dict[str, LoadReader] = {}
+_lock = threading.Lock()
+
+
+def load_reader(url: str) -> LoadReader:
+    """Return this process's reader of the job table at `url`; the first call starts it."""
+    with _lock:
+        if url not in _readers:
+            _readers[url] = LoadReader(url)
+        return _readers[url]

@@ -1,0 +1,10 @@
+"""Alembic's entry: runs revisions on the connection, and in the transaction, that `upgrade` was given."""
+
+from __future__ import annotations
+
+from alembic import context
+
+from cluster.jobs.schema import metadata
+
+context.configure(connection=context.config.attributes["connection"], target_metadata=metadata)
+context.run_migrations()

@@ -1,0 +1,294 @@
+"""The job queue: what gateways and workers do to the job table."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict
+from typing import Any
+
+from sqlalchemy import Connection, delete, exists, false, select, update
+
+from cluster.databases.database import Watch, open_database
+from cluster.jobs import claims, submission
+from cluster.jobs import housekeeping as janitor
+from cluster.jobs.batches import Batches
+from cluster.jobs.group_commit import GroupCommit
+from cluster.jobs.migrations import upgrade
+from cluster.jobs.model import Claim, Job, JobState, Lease, LeaseLost, NewJob, Progress
+from cluster.jobs.reports import Reports
+from cluster.jobs.schema import job_outputs, jobs, now, workers
+from cluster.jobs.transitions import again_or_failed, cancel, end_run, held_by, literal_state, move
+from cluster.jobs.webhook_outbox import Outbox
+from cluster.telemetry import redact
+
+
+class JobQueue(Reports):
+    """The durable queue behind one URL, shared by the threads of a process.
+
+    Every method is one transaction, on disk when it returns, and raises `StoreUnavailable` when the table
+    cannot be reached. Writes under a claim raise `LeaseLost`, and change nothing, once the run that was
+    claimed is over: swept, released, claimed anew or ended. A lease that has ended without a sweep is still
+    the worker's: nobody else can have the job, and a late renewal saves the work. Whatever stops a run takes
+    its job out of `in_progress` first, so the state and the epoch are the whole fence.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        lease_s: float = 30.0,
+        run_timeout_s: float = 3600.0,
+        max_attempts: int = 3,
+        age_bound_s: float = 60.0,
+    ) -> None:
+        """Open the table and bring its schema up to date.
+
+        `lease_s` is how long a claim and a replica's presence hold without renewal, `run_timeout_s` bounds
+        one run, and jobs older than `age_bound_s` go first; all in seconds. Raises `ValueError` for a URL
+        that is not supported.
+        """
+        super().__init__(open_database(url), presence_s=lease_s)
+        self._lease_s = lease_s
+        self._run_timeout_s = run_timeout_s
+        self._max_attempts = max_attempts
+        self._age_bound_s = age_bound_s
+        self._submissions = GroupCommit(self._database)
+        self.outbox = Outbox(self._database)
+        self.batches = Batches(self._database)
+        with self._database.alone() as connection:
+            upgrade(connection)
+
+    def close(self) -> None:
+        """Close the connections to the database."""
+        self._database.close()
+
+    def watch(self) -> Watch:
+        """Return a watch of the whole table, for one thread."""
+        return self._database.watch()
+
+    # --- Clients ---
+
+    def submit(self, new: Sequence[NewJob]) -> list[Job]:
+        """Store all jobs or none; return them in order, the earlier job where an idempotency key is known.
+
+        Submissions of several threads share transactions, each with its own outcome. Raises
+        `IdempotencyConflict` if the job behind a key has another fingerprint.
+        """
+        return self.submit_soon(new).result() if new else []
+
+    def submit_soon(self, new: Sequence[NewJob]) -> Future[list[Job]]:
+        """As `submit`, without waiting: the future is done when the jobs are on disk, or has its errors."""
+        return self._submissions.submit(new)
+
+    def submit_again(self, failed: Job) -> Job:
+        """Store a new job for what failed, outside of any batch; its secret is gone."""
+        with self._database.write() as connection:
+            return submission.store_again(connection, self._database.insert, [failed], batch=None)[0]
+
+    def cancel(self, job_id: str) -> tuple[Job, bool] | None:
+        """Cancel a queued job, or ask the worker of a running one to stop; None if the id is unknown.
+
+        The second value tells whether the job was still to be canceled; one that has ended is left as it is.
+        """
+        with self._database.write() as connection:
+            return cancel(connection, job_id)
+
+    # --- Workers ---
+
+    def announce(self, owner: str, model: str, warm: Collection[str]) -> None:
+        """Record that a replica is alive and which adapters it holds; those of its running jobs are added."""
+        with self._database.write() as connection:
+            held = claims.adapters_running(connection, owner) | set(warm)
+            claims.announce(connection, self._database.insert, owner, model, held)
+
+    def withdraw(self, owner: str) -> None:
+        """Forget a replica and what it held. Its claims stay as they are."""
+        with self._database.write() as connection:
+            connection.execute(delete(workers).where(workers.c.owner == owner))
+
+    def claim(
+        self,
+        model: str,
+        owner: str,
+        *,
+        warm: Collection[str] = (),
+        patience_s: float = 1.0,
+        offer: claims.Offer = claims.take_any,
+    ) -> Claim | None:
+        """Take the next job for a replica that holds the adapters `warm`; None if there is none for it now.
+
+        The order is that of `claims.next_job`; `offer` may pass jobs over. A claim also announces the
+        replica, with `warm`, the adapter of the job, and those that `offer` says are on their way. A job may
+        become claimable by time alone, after back-off or patience, which no watch reports.
+        """
+        if not self._anything_ready(model):
+            return None
+        with self._database.write() as connection:
+            claims.announce(connection, self._database.insert, owner, model, warm)
+            order = {"age_bound_s": self._age_bound_s, "patience_s": patience_s}
+            chosen, coming = claims.choose(connection, model, owner, offer, **order)
+            if chosen is None and coming <= set(warm):
+                # Nothing is committed, so that nobody wakes who would look in vain and wake others.
+                connection.rollback()
+                return None
+            claims.hold(connection, self._database.insert, owner, coming)
+            return None if chosen is None else self._take(connection, owner, chosen)
+
+    def _anything_ready(self, model: str) -> bool:
+        """Look without the write lock, for which idle replicas, who look often, must not queue."""
+        with self._database.read() as connection:
+            return bool(connection.scalar(select(claims.anything_ready(model))))
+
+    def _take(self, connection: Connection, owner: str, seq: int) -> Claim:
+        """Claim a job that this transaction has locked."""
+        (job,) = move(
+            connection,
+            JobState.IN_QUEUE,
+            literal_state(JobState.IN_PROGRESS),
+            jobs.c.seq == seq,
+            owner=owner,
+            epoch=jobs.c.epoch + 1,
+            attempts=jobs.c.attempts + 1,
+            started_at=now(),
+            lease_until=now() + self._lease_s,
+            deadline=now() + self._run_timeout_s,
+        )
+        claims.hold(connection, self._database.insert, owner, [job.adapter])
+        secret, done = claims.baggage(connection, job.id)
+        return Claim(job=job, owner=owner, epoch=job.epoch, done=done, secret=secret)
+
+    def foresee(
+        self,
+        model: str,
+        owner: str,
+        *,
+        warm: Collection[str],
+        patience_s: float,
+        without: frozenset[str] = frozenset(),
+    ) -> tuple[Job, str | None] | None:
+        """Return what a busy replica would claim now: a job, left in the queue, and its secret.
+
+        None if there is none that has waited `patience_s`; until then it is for those that have nothing to
+        do. Jobs of the adapters `without` are passed over. The job's adapter counts as held from here on, so
+        that not every busy replica brings the same one.
+        """
+        if not self._anything_ready(model):
+            return None
+        with self._database.write() as connection:
+            claims.announce(connection, self._database.insert, owner, model, warm)
+            order = {"age_bound_s": self._age_bound_s, "patience_s": patience_s}
+            foreseen = claims.foresee(connection, model, owner, without=without, **order)
+            if foreseen is None or foreseen[0].adapter in warm:
+                connection.rollback()
+            else:
+                claims.hold(connection, self._database.insert, owner, [foreseen[0].adapter])
+        return foreseen
+
+    def heartbeat(self, claim: Claim, progress: Progress, *, renew: bool) -> Lease:
+        """Write progress, renew the lease if asked to, and tell whether the run has to stop."""
+        values: dict[str, Any] = {"progress": asdict(progress)}
+        if renew:
+            values["lease_until"] = now() + self._lease_s
+        beat = update(jobs).where(held_by(claim), jobs.c.state == JobState.IN_PROGRESS).values(values)
+        told = beat.returning(jobs.c.cancel_requested, jobs.c.deadline <= now())
+        with self._database.write() as connection:
+            row = connection.execute(told).one_or_none()
+            if row is None:
+                raise _lost(claim)
+        return Lease(cancel_requested=row[0], timed_out=row[1])
+
+    def record_output(self, claim: Claim, index: int, output: Mapping[str, Any]) -> None:
+        """Record the output of prompt `index`. Of two records for one prompt the first stands."""
+        row = {"job_id": claim.job.id, "prompt_index": index, "epoch": claim.epoch, "output": dict(output)}
+        with self._database.write() as connection:
+            held = select(jobs.c.seq).where(held_by(claim), jobs.c.state == JobState.IN_PROGRESS)
+            if connection.scalar(held.with_for_update()) is None:
+                raise _lost(claim)
+            connection.execute(self._database.insert(job_outputs).values(row).on_conflict_do_nothing())
+
+    def finish(
+        self,
+        claim: Claim,
+        state: JobState,
+        *,
+        error: str | None = None,
+        error_code: str | None = None,
+        result: Mapping[str, Any] | None = None,
+    ) -> None:
+        """End the job in a terminal state.
+
+        Success stands even if cancellation was requested: the outputs are there, and a request may come too
+        late. To finish again in the same state is no error, since a worker repeats a write whose reply it did
+        not get.
+        """
+        if not state.terminal:
+            raise ValueError(f"a job cannot finish as {state}")
+        values = {"error": error and redact(error), "error_code": error_code, "result": result}
+        with self._database.write() as connection:
+            if move(connection, JobState.IN_PROGRESS, literal_state(state), held_by(claim), **values):
+                return
+            if not connection.scalar(select(exists().where(held_by(claim), jobs.c.state == state))):
+                raise _lost(claim)
+
+    def retry(self, claim: Claim, *, error: str, error_code: str, delay_s: float) -> JobState:
+        """End a failed attempt: queue the job again, to be claimed after `delay_s` seconds; return its state.
+
+        It fails with the error if its attempts are used up, and is canceled if that was requested.
+        """
+        target = again_or_failed(self._max_attempts)
+        values = {"error": redact(error), "error_code": error_code, "not_before": now() + delay_s}
+        with self._database.write() as connection:
+            moved = end_run(connection, target, held_by(claim), **values)
+            if not moved:
+                raise _lost(claim)
+        return moved[0].state
+
+    def release(self, claim: Claim) -> None:
+        """Hand the job back to the queue without counting the attempt, or cancel it if that was requested."""
+        target, attempts = literal_state(JobState.IN_QUEUE), jobs.c.attempts - 1
+        with self._database.write() as connection:
+            if not end_run(connection, target, held_by(claim), attempts=attempts):
+                raise _lost(claim)
+
+    # --- Operation ---
+
+    def check(self) -> None:
+        """Return if jobs can be stored now; changes nothing."""
+        # Writing to no row wants all that a submission does: the table, a server that takes writes, the lock.
+        with self._database.write() as connection:
+            connection.execute(update(jobs).where(false()).values(error=None))
+
+    def sweep(self) -> int:
+        """Bring back jobs of lost workers, end those past their deadline, forget lost replicas.
+
+        Returns how many jobs moved. Every gateway may call it at any time; one at a time does it.
+        """
+        with self._database.write() as connection:
+            return janitor.sweep(
+                connection,
+                max_attempts=self._max_attempts,
+                run_timeout_s=self._run_timeout_s,
+                presence_s=self._presence_s,
+            )
+
+    def expired(self, older_than_s: float, limit: int = 100) -> Sequence[str]:
+        """Return the ids of at most `limit` jobs that ended `older_than_s` seconds ago or earlier.
+
+        To remove jobs, delete what the object store has of them, then `forget` them: whoever dies in between
+        leaves rows that are found again.
+        """
+        with self._database.read() as connection:
+            return janitor.expired(connection, older_than_s, limit)
+
+    def forget(self, job_ids: Collection[str]) -> int:
+        """Delete jobs with their outputs, events and idempotency keys; return how many there were.
+
+        A job that has not come to its end stays.
+        """
+        with self._database.write() as connection:
+            return janitor.forget(connection, job_ids)
+
+
+def _lost(claim: Claim) -> LeaseLost:
+    return LeaseLost(f"job {claim.job.id}: epoch {claim.epoch} of {claim.owner} is over")

@@ -1,0 +1,150 @@
+"""Changes of a job's state: each is one UPDATE that names the state it leaves, and its event beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    RowMapping,
+    Text,
+    and_,
+    case,
+    insert,
+    literal,
+    null,
+    select,
+    update,
+)
+
+from cluster.databases.postgres import CHANNEL
+from cluster.jobs.model import Claim, Job, JobState, JobSummary, Phase, Progress
+from cluster.jobs.schema import job_events, jobs, now, webhooks
+
+_TERMINAL = [state for state in JobState if state.terminal]
+
+SUMMARY = [jobs.c[field.name] for field in fields(JobSummary)]
+"""The columns of a `JobSummary`: a spec may have megabytes."""
+
+
+def job_of(row: RowMapping) -> Job:
+    """Return the job that a row of the table describes."""
+    return Job(**_values(row, Job))
+
+
+def summary_of(row: RowMapping) -> JobSummary:
+    """Return the summary that the `SUMMARY` columns of a row describe."""
+    return JobSummary(**_values(row, JobSummary))
+
+
+def _values(row: RowMapping, kind: type[JobSummary]) -> dict[str, Any]:
+    values: dict[str, Any] = {field.name: row[field.name] for field in fields(kind)}
+    values["state"] = JobState(row["state"])
+    if row["progress"] is not None:
+        values["progress"] = Progress(**row["progress"] | {"phase": Phase(row["progress"]["phase"])})
+    return values
+
+
+def held_by(claim: Claim) -> ColumnElement[bool]:
+    """Match the job of a claim as long as nobody claimed it since; epochs only grow."""
+    return and_(jobs.c.id == claim.job.id, jobs.c.owner == claim.owner, jobs.c.epoch == claim.epoch)
+
+
+def literal_state(state: JobState) -> ColumnElement[str]:
+    """Return a state as an SQL value of the column's type."""
+    return literal(state, Text)
+
+
+def move(
+    connection: Connection,
+    source: JobState,
+    target: ColumnElement[str],
+    *where: ColumnElement[bool],
+    **values: Any,  # noqa: ANN401 - column values and expressions
+) -> Sequence[Job]:
+    """Move the matching jobs from state `source` to `target`, with their events; return them as they are now.
+
+    `target` is an expression over the row. A job loses its lease and deadline unless `values` says otherwise,
+    and when it reaches its end it gets `finished_at` and loses its secret. Jobs that do not match, or have
+    left `source`, stay as they are and are not returned.
+    """
+    ended = target.in_(_TERMINAL)
+    changes = {
+        "state": target,
+        "finished_at": case((ended, now())),
+        "secret": case((ended, null()), else_=jobs.c.secret),
+        "lease_until": None,
+        "deadline": None,
+    }
+    statement = update(jobs).where(jobs.c.state == source, *where).values(changes | values).returning(jobs)
+    moved = [job_of(row) for row in connection.execute(statement).mappings()]
+    record(connection, moved)
+    return moved
+
+
+def record(connection: Connection, changed: Sequence[Job]) -> None:
+    """Append one event for each job that has just come into its state; its end makes its webhook due.
+
+    The commit wakes every watch if a job was queued or came to its end. Nobody waits for a claim, and on
+    PostgreSQL commits that notify wait for one another.
+    """
+    events = [
+        {"job_id": job.id, "state": job.state, "epoch": job.epoch, "owner": job.owner} for job in changed
+    ]
+    if events:
+        connection.execute(insert(job_events).values(at=now()), events)
+        for state in _TERMINAL:
+            if ended := [job.id for job in changed if job.state is state]:
+                wanted = and_(webhooks.c.job_id.in_(ended), webhooks.c.events.contains(state))
+                connection.execute(update(webhooks).where(wanted).values(due_at=now()))
+        heard = any(job.state is not JobState.IN_PROGRESS for job in changed)
+        if heard and connection.dialect.name == "postgresql":
+            connection.exec_driver_sql(f"NOTIFY {CHANNEL}")
+
+
+def end_run(
+    connection: Connection,
+    target: ColumnElement[str],
+    *where: ColumnElement[bool],
+    error: str | None = None,
+    error_code: str | None = None,
+    **values: Any,  # noqa: ANN401 - column values and expressions
+) -> Sequence[Job]:
+    """End runs that brought no result: canceled where the client asked for it, else moved to `target`.
+
+    The error stays only with a job that fails; one that is queued again has neither start nor progress.
+    """
+    state = case((jobs.c.cancel_requested, literal_state(JobState.CANCELED)), else_=target)
+    failed, queued = state == JobState.FAILED, state == JobState.IN_QUEUE
+    changes: dict[str, Any] = {
+        "error": case((failed, literal(error, Text))),
+        "error_code": case((failed, literal(error_code, Text))),
+        "started_at": case((queued, null()), else_=jobs.c.started_at),
+        "progress": case((queued, null()), else_=jobs.c.progress),
+    }
+    return move(connection, JobState.IN_PROGRESS, state, *where, **changes | values)
+
+
+def again_or_failed(max_attempts: int) -> ColumnElement[str]:
+    """Return the state after an attempt that may be repeated: queued again until the attempts are used up."""
+    used_up = jobs.c.attempts >= max_attempts
+    return case((used_up, literal_state(JobState.FAILED)), else_=literal_state(JobState.IN_QUEUE))
+
+
+def cancel(connection: Connection, job_id: str) -> tuple[Job, bool] | None:
+    """Cancel a queued job, or ask the worker of a running one; as `JobQueue.cancel`."""
+    found = select(jobs).where(jobs.c.id == job_id).with_for_update()
+    row = connection.execute(found).mappings().one_or_none()
+    if row is None:
+        return None
+    if row["state"] == JobState.IN_QUEUE:
+        target = literal_state(JobState.CANCELED)
+        (job,) = move(connection, JobState.IN_QUEUE, target, jobs.c.id == job_id, cancel_requested=True)
+        return job, True
+    if row["state"] == JobState.IN_PROGRESS:
+        request = update(jobs).where(jobs.c.id == job_id).values(cancel_requested=True).returning(jobs)
+        return job_of(connection.execute(request).mappings().one()), True
+    return job_of(row), False

@@ -1,0 +1,1 @@
+"""Guarded HTTP for every URL that a request names."""

@@ -1,0 +1,1 @@
+"""One warm pipeline: checkpoints in, prompts in, pictures and videos out. Usable without Ray."""

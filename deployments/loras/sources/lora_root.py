@@ -1,0 +1,159 @@
+"""From the LoRA path of a request to a file below the LoRA root, and nowhere else. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import ClassVar, Literal
+from urllib.parse import unquote
+
+from deployments.loras.format.peft_folder import CONFIG, WEIGHTS, config_beside
+
+SUFFIX = ".safetensors"
+
+
+class LoraReferenceError(Exception):
+    """A LoRA path that cannot be used; `code` is the stable code on the wire, the text a sentence."""
+
+    code: ClassVar[str]
+
+
+class LoraPathNotAllowed(LoraReferenceError):
+    """The path leaves the LoRA root. Says nothing of what is there."""
+
+    code = "LORA_PATH_NOT_ALLOWED"
+
+
+class LoraNotFound(LoraReferenceError):
+    """Nothing is at the path."""
+
+    code = "LORA_NOT_FOUND"
+
+
+class LoraNotSafetensors(LoraReferenceError):
+    """The path is neither a regular `.safetensors` file nor a PEFT folder."""
+
+    code = "LORA_FORMAT_NOT_SUPPORTED"
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFile:
+    """A LoRA file on this node: `sha256` (hex) names its content, `bytes` is its size.
+
+    The content of weights with a configuration beside them is both, one after the other.
+    `expert` says which of a model's two transformers it is for, where it has two.
+    """
+
+    path: Path
+    sha256: str
+    bytes: int
+    expert: Literal["low", "high"] | None = None
+
+
+def resolve(root: Path, reference: str) -> Path:
+    """Resolve a request's LoRA path to a regular `.safetensors` file inside `root`.
+
+    The result is a real path; of a PEFT folder, its weights below the folder's real path. Raises
+    `LoraPathNotAllowed` for a path that leaves the root by its text (also percent-encoded, once or more
+    often) or through links, `LoraNotFound` where nothing is, `LoraNotSafetensors` for anything else.
+    """
+    if any(_leaves(root, form) for form in _decodings(reference)):
+        raise _not_allowed()
+    try:
+        path = _real(root, root / reference)
+        if path.is_dir() and all(_real(root, path / name).is_file() for name in (WEIGHTS, CONFIG)):
+            return path / WEIGHTS
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        # ValueError: lone surrogates, which no file name can hold.
+        raise LoraNotFound("The LoRA file does not exist.") from error
+    if not stat.S_ISREG(mode) or not reference.lower().endswith(SUFFIX):
+        raise LoraNotSafetensors(f"The LoRA must be a regular {SUFFIX} file or a PEFT folder.")
+    return path
+
+
+def open_lora(root: Path, reference: str) -> LoraFile:
+    """Resolve a reference and name its content; a file seen before and unchanged is not read again.
+
+    Raises as `resolve`.
+    """
+    path = resolve(root, reference)
+    try:
+        return LoraFile(path, digest(path), path.stat().st_size)
+    except OSError as error:
+        raise LoraNotFound("The LoRA file cannot be read.") from error
+
+
+def digest(path: Path) -> str:
+    """Return the sha256 of a LoRA's content in hex, remembered while inode, size and time stay the same."""
+    config = config_beside(path)
+    return _digest(*(_Version.of(file) for file in ((path, config) if config else (path,))))
+
+
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """A file as it is now."""
+
+    path: Path
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> _Version:
+        status = path.stat()
+        return cls(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=65_536)
+def _digest(*versions: _Version) -> str:
+    whole = hashlib.sha256()
+    for version in versions:
+        with version.path.open("rb") as file:
+            hashlib.file_digest(file, lambda: whole)
+    return whole.hexdigest()
+
+
+def _real(root: Path, path: Path) -> Path:
+    real = Path(os.path.realpath(path))
+    if not real.is_relative_to(os.path.realpath(root)):
+        raise _not_allowed()
+    return real
+
+
+def _decodings(reference: str) -> Iterator[str]:
+    """Yield the text itself, then percent-decoded until it stays the same; each decoding is shorter."""
+    yield reference
+    while (decoded := unquote(reference)) != reference:
+        yield decoded
+        reference = decoded
+
+
+def _leaves(root: Path, text: str) -> bool:
+    """Whether a path's text steps out of the root at any segment, or holds what only an escape needs."""
+    if "\0" in text or "\\" in text:
+        return True
+    if text.startswith("/"):
+        bases = (Path(os.path.abspath(root)), Path(os.path.realpath(root)))
+        base = next((base for base in bases if Path(text).parts[: len(base.parts)] == base.parts), None)
+        if base is None:
+            return True
+        segments = Path(text).parts[len(base.parts) :]
+    else:
+        segments = tuple(text.split("/"))
+    depth = 0
+    for segment in segments:
+        depth += {"..": -1, ".": 0, "": 0}.get(segment, 1)
+        if depth < 0:
+            return True
+    return False
+
+
+def _not_allowed() -> LoraPathNotAllowed:
+    return LoraPathNotAllowed("The LoRA path leaves the LoRA directory.")

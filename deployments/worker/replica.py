@@ -1,0 +1,131 @@
+"""The Serve deployment of one model id: its replicas claim jobs themselves and answer no calls.
+
+Ray Serve starts, scales, checks and drains replicas; jobs live in the table, where a replica's death loses
+none. This module imports no torch: the builder, the controller and the `serve` command line load it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import uuid
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+from ray import serve
+
+from cluster.databases.database import jobs_url
+from cluster.jobs.opening import open_queue
+from cluster.net.fetcher import Fetcher
+from cluster.net.urls import parse_hosts
+from cluster.objects.store import open_store
+from cluster.telemetry import configure_logging
+from deployments.catalog import CATALOG
+from deployments.worker.heartbeat import Heartbeat
+
+RELEASE_MARGIN_S = 30.0
+"""Grace left at which a draining replica hands its running job back instead of being killed with it."""
+
+
+class WorkerConfig(BaseModel):
+    """What a worker needs to know; paths are those of its node, relative to Ray's working directory."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    jobs: str
+    outputs: str
+    loras: Path
+    lora_cache: Path
+    lora_cache_bytes: int
+    max_lora_bytes: int
+    max_image_pixels: int
+    fetch_hosts: tuple[str, ...]
+    fetch_buckets: tuple[str, ...]
+    checkpoints: Path | None
+    model_cache: Path | None
+    device: str
+    offload: str
+    vae_tiling: tuple[str, ...]
+    inference_timeout_s: float
+    lease_s: float
+    adapter_bytes: int
+    host_adapter_bytes: int
+    fuse_after: dict[str, int]
+    compile: tuple[str, ...]
+    compile_cache: Path
+
+
+class Worker:
+    """One replica: a warm pipeline of `model` and the threads that claim, render, publish and beat."""
+
+    async def __init__(self, model: str, config: WorkerConfig) -> None:  # type: ignore[misc]
+        configure_logging()
+        self._owner = f"{model}@{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self._loop: ClaimLoop | None = None
+        options = {"lease_s": config.lease_s, "run_timeout_s": config.inference_timeout_s}
+        self._queue = await asyncio.to_thread(open_queue, jobs_url(config.jobs), **options)
+        self._heartbeat = Heartbeat(
+            self._queue,
+            self._owner,
+            model,
+            warm=lambda: self._loop.warm if self._loop else (),
+            lease_s=config.lease_s,
+        )
+        # Torch and diffusers take seconds to import: the policy must know of this replica before that.
+        self._heartbeat.start()
+        from deployments.engine.checkpoints import Checkpoints
+        from deployments.engine.control_images import Controls
+        from deployments.engine.engine import Engine
+        from deployments.loras.sources.cache import LoraStore
+        from deployments.loras.sources.loras import Loras
+        from deployments.worker.claiming import ClaimLoop
+
+        # Read when torch first compiles; one that is set already is the operator's own.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.compile_cache.absolute()))
+        engine = Engine(
+            CATALOG[model],
+            Checkpoints(config.checkpoints, config.model_cache),
+            device=config.device,
+            offload=config.offload,
+            vae_tiling=model in config.vae_tiling,
+            adapter_bytes=config.adapter_bytes,
+            host_adapter_bytes=config.host_adapter_bytes,
+            fuse_after=config.fuse_after.get(model),
+            compiled=model in config.compile,
+        )
+        fetcher = Fetcher(parse_hosts(config.fetch_hosts))
+        loras = Loras(
+            config.loras,
+            LoraStore(config.lora_cache, config.lora_cache_bytes),
+            fetcher,
+            buckets=config.fetch_buckets,
+            max_bytes=config.max_lora_bytes,
+        )
+        store = open_store(config.outputs)
+        self._loop = ClaimLoop(
+            engine,
+            self._queue,
+            store,
+            self._heartbeat,
+            owner=self._owner,
+            loras=loras,
+            controls=Controls(store, fetcher, config.max_image_pixels),
+        )
+        self._loop.start()
+        # Serve counts the replica as running from here on, so a rolling update keeps the old one until then.
+        await asyncio.to_thread(self._loop.loaded.wait)
+
+    def check_health(self) -> None:
+        """Raise when leases are no longer renewed; a stuck or broken loop ends the process by itself."""
+        if not self._heartbeat.alive:
+            raise RuntimeError("the heartbeat thread has ended")
+
+    async def __del__(self) -> None:
+        """Drain: claim nothing more, finish what runs, or release it while there is time to write."""
+        grace_s = serve.get_replica_context()._deployment_config.graceful_shutdown_timeout_s
+        patience_s = grace_s - min(RELEASE_MARGIN_S, grace_s / 2)
+        if self._loop is not None:
+            await asyncio.to_thread(self._loop.drain, patience_s)
+        self._heartbeat.close()
+        self._queue.close()

@@ -1,0 +1,121 @@
+"""One claimed job on this worker: where it is, since when, and whether it has to stop."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Mapping
+from enum import StrEnum
+
+from cluster.jobs.model import Claim, JobFailure, Phase, Progress
+from deployments.catalog.job_spec import RenderSpec
+
+STALL_LIMITS_S: Mapping[Phase, float] = {
+    Phase.FETCH: 600.0,
+    Phase.LOAD: 1800.0,
+    Phase.ENCODE: 600.0,
+    Phase.STEP: 900.0,
+    Phase.DECODE: 900.0,
+    Phase.PUBLISH: 600.0,
+}
+"""Seconds that a phase may go without a sign of movement before the worker counts as stalled."""
+
+
+class Stop(StrEnum):
+    """Why a running job has to stop before it is done."""
+
+    CANCELED = "canceled"
+    LEASE_LOST = "lease_lost"
+    RELEASED = "released"
+    TIMED_OUT = "timed_out"
+
+
+class Stopped(Exception):
+    """Raised out of the pipeline at the next step after `Run.stop`."""
+
+
+class Run:
+    """A claim while it is rendered and published, shared by the render, publish and heartbeat threads.
+
+    The first reason to stop wins, save that a lost lease overrides every other: nothing may be written then.
+    """
+
+    def __init__(self, claim: Claim) -> None:
+        self.claim = claim
+        self.spec = RenderSpec.model_validate(claim.job.spec)
+        self.started = time.monotonic()
+        self.renewed = self.started
+        self.unrenewed_s = math.inf
+        """Seconds after `renewed` when it has to stop: its lease is about to end, whoever hangs."""
+        self.failure: JobFailure | None = None
+        self.stopped: Stop | None = None
+        self._lock = threading.Lock()
+        self._moved = self.started
+        self._phase = Phase.FETCH
+        self._prompt = 0
+        self._step = 0
+
+    @property
+    def prefix(self) -> str:
+        """Where this attempt's outputs go: a zombie's files never mix with those of the next attempt."""
+        return f"{self.claim.job.id}/{self.claim.epoch}"
+
+    @property
+    def progress(self) -> Progress:
+        """Where the job is now, as the status shows it."""
+        with self._lock:
+            prompts = self.spec.prompts
+            return Progress(
+                prompt=self._prompt,
+                prompts=len(prompts),
+                step=self._step,
+                steps=prompts[self._prompt].steps,
+                phase=self._phase,
+            )
+
+    def begin_prompt(self, index: int) -> None:
+        """Note that prompt `index` is next."""
+        with self._lock:
+            self._prompt, self._step = index, 0
+
+    def on_phase(self, phase: Phase) -> None:
+        """Enter a phase; raises `Stopped` if the job has to stop."""
+        with self._lock:
+            self._phase, self._moved = phase, time.monotonic()
+        self.check()
+
+    def on_step(self, done: int, total: int) -> None:
+        """Note a finished denoising step of `total`; raises `Stopped` if the job has to stop."""
+        with self._lock:
+            self._step, self._moved = min(done, total), time.monotonic()
+        self.check()
+
+    def moved(self) -> None:
+        """Note that something moved in whatever phase it is; raises `Stopped` if the job has to stop."""
+        with self._lock:
+            self._moved = time.monotonic()
+        self.check()
+
+    def stop(self, reason: Stop) -> None:
+        """Ask the job to stop at its next step."""
+        with self._lock:
+            if self.stopped is None or reason is Stop.LEASE_LOST:
+                self.stopped = reason
+
+    def fail(self, failure: JobFailure) -> None:
+        """Record why the job failed; the first failure is the cause."""
+        with self._lock:
+            self.failure = self.failure or failure
+
+    def check(self) -> None:
+        """Raise `Stopped` if the job has to stop or has failed on another thread."""
+        if time.monotonic() - self.renewed > self.unrenewed_s:
+            self.stop(Stop.LEASE_LOST)
+        if self.stopped is not None or self.failure is not None:
+            raise Stopped
+
+    def stalled(self, limits: Mapping[Phase, float]) -> bool:
+        """Whether the current phase has not moved within its limit."""
+        with self._lock:
+            return time.monotonic() - self._moved > limits[self._phase]

@@ -1,0 +1,1 @@
+"""From a request to a job: model rules, bounds and defaults. Knows nothing of HTTP routes."""

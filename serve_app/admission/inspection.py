@@ -1,0 +1,53 @@
+"""`POST /v1/loras/inspect` and `lora-serve inspect`: what a LoRA is, from its header."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from cluster.net.fetcher import Fetcher
+from cluster.net.limits import Limits
+from cluster.net.urls import parse_hosts
+from deployments.loras.format.inspection import Inspection, inspect, inspect_file
+from deployments.loras.sources.cache import LoraStore
+from deployments.loras.sources.lora_root import resolve
+from deployments.loras.sources.references import parse
+from serve_app.admission.lora_rules import refused_lora
+from serve_app.settings import Settings
+
+if TYPE_CHECKING:
+    from deployments.loras.sources.loras import Loras
+
+_LIMITS = Limits(total_s=20.0, grace_s=10.0)
+"""A header is at most 10 MB, and somebody waits for it."""
+
+
+class Inspector:
+    """Inspects LoRAs as requests name them. Blocking; for any number of threads."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def inspect(self, reference: str, token: str | None = None) -> Inspection:
+        """Tell what the LoRA at `reference` is; of one from elsewhere only the header is fetched.
+
+        `token` is for the hub and wins over the server's own. Raises `Refusal`.
+        """
+        with refused_lora(reference):
+            remote = parse(reference)
+            if remote is None:
+                return inspect_file(resolve(self._settings.loras, reference))
+            return inspect(self._loras.peek(remote, token))
+
+    @cached_property
+    def _loras(self) -> Loras:
+        from deployments.loras.sources.loras import Loras  # It needs boto3.
+
+        settings = self._settings
+        return Loras(
+            settings.loras,
+            LoraStore(settings.lora_cache, settings.lora_cache_bytes),
+            Fetcher(parse_hosts(settings.fetch_hosts), _LIMITS),
+            max_bytes=settings.max_lora_bytes,
+            buckets=settings.fetch_buckets,
+        )

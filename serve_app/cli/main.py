@@ -1,0 +1,141 @@
+"""The command line `lora-serve`. Heavy imports wait until the command that needs them runs."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deployments.catalog import CATALOG
+from serve_app.cli import batch, jobs, requests
+from serve_app.settings import Settings
+
+app = typer.Typer(
+    help="LoRA inference for diffusion models on Ray Serve.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.add_typer(jobs.app, name="jobs")
+app.add_typer(batch.app, name="batch")
+for command in (requests.submit, requests.get, requests.cancel):
+    app.command()(command)
+
+
+class FileFormat(StrEnum):
+    """What `render` writes: raw pixels and sound, or an encoded picture or video."""
+
+    NPY = "npy"
+    PNG = "png"
+    JPEG = "jpeg"
+    WEBP = "webp"
+    MP4 = "mp4"
+
+
+@app.command()
+def config(
+    models: Annotated[str, typer.Option(help="Model ids, separated by commas; all by default.")] = "",
+) -> None:
+    """Print serve_config.yaml for a GPU cluster."""
+    from serve_app.config_file import render_config
+
+    chosen = [name.strip() for name in models.split(",") if name.strip()] or list(CATALOG)
+    unknown = [name for name in chosen if name not in CATALOG]
+    if unknown:
+        raise typer.BadParameter(f"no such model: {', '.join(unknown)}; there are {', '.join(CATALOG)}")
+    typer.echo(render_config(chosen), nl=False)
+
+
+@app.command()
+def models(
+    gpu: Annotated[float | None, typer.Option(min=1, help="Memory of one GPU in GiB.")] = None,
+    url: Annotated[str | None, typer.Option(help="Ask this server what it renders.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --url: one JSON object per line.")] = False,
+) -> None:
+    """List the model ids with their memory, and which OFFLOAD_MODE each needs on a GPU."""
+    if url is None and not as_json:
+        from serve_app.cli.models_table import models_table
+
+        typer.echo(models_table(gpu), nl=False)
+    elif url is not None and gpu is None:
+        requests.models(url, as_json)
+    else:
+        raise typer.BadParameter("--json goes with --url, and --gpu without it")
+
+
+@app.command()
+def render(
+    requests: Annotated[list[Path], typer.Argument(help="Bodies of POST /v1/inference, one per file.")],
+    out: Annotated[Path, typer.Option(help="Directory of the results, one folder per request.")],
+    checkpoints: Annotated[Path | None, typer.Option(help="Directory of org--name checkpoints.")] = None,
+    loras: Annotated[Path | None, typer.Option(help="LoRA root that paths in requests start from.")] = None,
+    file_format: Annotated[FileFormat, typer.Option("--format", help="What to write.")] = FileFormat.NPY,
+    device: Annotated[str | None, typer.Option(help="auto, cuda or cpu.")] = None,
+) -> None:
+    """Render requests in this process, without Ray, and keep what produced every picture."""
+    names = [path.stem for path in requests]
+    if len(set(names)) != len(names):
+        raise typer.BadParameter("two requests have the same file name; their results would mix")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    from serve_app.cli.render import render_files
+
+    given = {"checkpoints": checkpoints, "loras": loras, "device": device}
+    # Flags win over the environment, which wins over defaults.
+    settings = Settings().model_copy(update={key: value for key, value in given.items() if value is not None})
+    raise typer.Exit(render_files(requests, settings, out, file_format.value))
+
+
+@app.command()
+def inspect(
+    lora: Annotated[str, typer.Argument(help="A .safetensors file, or a URL, hf:// or s3:// reference.")],
+) -> None:
+    """Print as JSON what a LoRA is and which models it fits, from its header alone."""
+    from cluster.jobs.model import JobFailure
+    from deployments.loras.format.inspection import inspect_file
+    from serve_app.admission.inspection import Inspector
+    from serve_app.wire.refusals import Refusal
+
+    file = Path(lora)
+    try:
+        found = inspect_file(file) if file.is_file() else Inspector(Settings()).inspect(lora)
+    except JobFailure as failure:
+        reason = f"{failure.code}: {failure.message}"
+    except Refusal as refusal:
+        reason = f"{refusal.code}: {refusal.details['reason']}"
+    except OSError as error:
+        reason = f"FILE_ERROR: {error.strerror}: {error.filename}"
+    else:
+        typer.echo(found.model_dump_json(indent=2))
+        return
+    typer.echo(f"{lora}: {reason}", err=True)
+    raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    model: Annotated[str | None, typer.Option(help="Use this model's real checkpoint.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="A .safetensors file, with --model.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to draw, with --model.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Control image, for models that edit.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Go on serving until Ctrl-C.")] = False,
+    port: Annotated[int, typer.Option(help="HTTP port on 127.0.0.1.")] = 8000,
+    folder: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("var/demo"),
+) -> None:
+    """Start Ray Serve, render real requests over HTTP, save the pictures, and print where they are."""
+    from serve_app.cli.demo import run_demo
+
+    if model is not None and model not in CATALOG:
+        raise typer.BadParameter(f"no such model: {model}; there are {', '.join(CATALOG)}")
+    if model is not None and (lora is None or prompt is None):
+        raise typer.BadParameter("--model needs --lora and --prompt")
+    raise typer.Exit(
+        run_demo(folder, model=model, lora=lora, prompt=prompt, image=image, keep=keep, port=port)
+    )
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

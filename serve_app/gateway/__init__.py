@@ -1,0 +1,1 @@
+"""The HTTP routes, and what the routes of one gateway process share."""

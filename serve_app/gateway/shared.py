@@ -1,0 +1,108 @@
+"""What the routes of one gateway process share, from its start to its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, TypeVar
+
+from fastapi import Depends, Request
+from standardwebhooks import Webhook
+
+from cluster.databases.database import jobs_url
+from cluster.jobs.opening import open_queue
+from cluster.jobs.queue import JobQueue
+from cluster.objects.store import ObjectStore, open_store
+from serve_app.admission.backlog import Backlog
+from serve_app.admission.inspection import Inspector
+from serve_app.background.long_polls import Waiting
+from serve_app.background.retention import DAY_S, Janitor
+from serve_app.background.webhook_sender import Sender
+from serve_app.settings import GatewayArgs
+from serve_app.wire.answers import ResultAnswer, StatusAnswer
+
+THREADS = 8
+"""Requests that are admitted, or read the job table, at a time; those that wait for a commit or for a job's
+end hold none. As many as a process has connections: more would fail when a turn for one takes too long."""
+
+PICTURE_THREADS = 2
+"""Requests with control images that are admitted at a time: a decoded image takes up to 100 MB."""
+
+INSPECTIONS = 4
+"""LoRAs that are inspected at a time: one from elsewhere keeps a thread for up to 20 s."""
+
+Returned = TypeVar("Returned")
+
+Told = TypeVar("Told", StatusAnswer, ResultAnswer)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the routes share. `pictures` are threads that may decode images, `inspections` fetch headers."""
+
+    settings: GatewayArgs
+    queue: JobQueue
+    store: ObjectStore
+    waiting: Waiting
+    backlog: Backlog
+    threads: Executor
+    pictures: Executor
+    inspector: Inspector
+    inspections: Executor
+
+    async def when_ended(self, read: Callable[[], Told], job_id: str, wait_s: float) -> Told:
+        """Read now; if the job goes on, read again when it has ended or `wait_s` seconds have passed.
+
+        Meanwhile no thread is held.
+        """
+        if not wait_s:
+            return await self.run(read)
+        with self.waiting.end_of(job_id) as end:
+            told = await self.run(read)
+            if told.status.terminal:
+                return told
+            await end.wait(wait_s)
+            return await self.run(read)
+
+    async def run(self, call: Callable[[], Returned], threads: Executor | None = None) -> Returned:
+        """Run what blocks on one of `threads`, else of the common ones.
+
+        Not by anyio: its threads last as long as the event loop's first task, which under Ray Serve is a
+        request, so that each request would start one.
+        """
+        return await asyncio.get_running_loop().run_in_executor(threads or self.threads, call)
+
+
+@asynccontextmanager
+async def open_parts(settings: GatewayArgs, signer: Webhook | None) -> AsyncIterator[Parts]:
+    """Open the stores, waiting for the job table if need be, and run janitor, long polls and webhooks."""
+    with ExitStack() as stack:
+        store = await asyncio.to_thread(open_store, settings.outputs)
+        opened = partial(open_queue, jobs_url(settings.jobs), run_timeout_s=settings.inference_timeout_s)
+        queue = stack.enter_context(closing(await asyncio.to_thread(opened)))
+        stack.enter_context(closing(Janitor(queue, store, settings.retention_days * DAY_S)))
+        if signer is not None:
+            stack.enter_context(closing(Sender(queue.outbox, signer, settings)))
+        yield Parts(
+            settings=settings,
+            queue=queue,
+            store=store,
+            waiting=stack.enter_context(closing(Waiting(queue))),
+            backlog=Backlog(queue, settings),
+            threads=stack.enter_context(ThreadPoolExecutor(THREADS, "gateway")),
+            pictures=stack.enter_context(ThreadPoolExecutor(PICTURE_THREADS, "pictures")),
+            inspector=Inspector(settings),
+            inspections=stack.enter_context(ThreadPoolExecutor(INSPECTIONS, "inspections")),
+        )
+
+
+async def _parts(request: Request) -> Parts:
+    return request.app.state.parts
+
+
+Shared = Annotated[Parts, Depends(_parts)]
+"""The parts, in a route."""

@@ -1,0 +1,1 @@
+"""The HTTP contract: request and answer bodies, refusal codes, and what `/openapi.json` adds."""
