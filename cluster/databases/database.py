@@ -13,7 +13,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from cluster.databases.postgres import PostgresDatabase
+from cluster.databases.postgres import CHANNEL, PostgresDatabase
 from cluster.databases.sqlite import SqliteDatabase
 
 Insert = Callable[[Table], sqlite.Insert | postgresql.Insert]
@@ -98,6 +98,12 @@ def open_database(url: str) -> Database:
     if not parsed.database or parsed.database == ":memory:":
         raise ValueError(f"the job table is shared by processes and needs a file; {_FORMS}")
     return SqliteDatabase(Path(parsed.database).absolute())
+
+
+def notify_watches(connection: Connection) -> None:
+    """Wake every watch of the table when this transaction commits; SQLite's watches poll."""
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"NOTIFY {CHANNEL}")
 
 
 def _parsed(url: str) -> URL:

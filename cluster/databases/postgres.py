@@ -24,7 +24,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as NoConnection
 
-from cluster.jobs.model import StoreUnavailable
+from cluster.failures import StoreUnavailable
 from cluster.telemetry import redact
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as NoConnection
 
-from cluster.jobs.model import StoreUnavailable
+from cluster.failures import StoreUnavailable
 
 BUSY_S = 5.0
 """How long a write of another process, or a turn for a connection, is waited for before the table counts as

@@ -83,7 +83,7 @@ def choose(
     return None, coming
 
 
-def foresee(
+def peek_next(
     connection: Connection,
     model: str,
     owner: str,
@@ -148,14 +148,14 @@ def announce(
         connection.execute(insert(warm), [{"owner": owner, "adapter": adapter} for adapter in new])
 
 
-def hold(connection: Connection, insert: Insert, owner: str, adapters: Collection[str]) -> None:
+def record_held(connection: Connection, insert: Insert, owner: str, adapters: Collection[str]) -> None:
     """Record that the replica, which has announced itself, is about to hold these adapters as well."""
     rows = [{"owner": owner, "adapter": adapter} for adapter in adapters]
     if rows:
         connection.execute(insert(warm).values(rows).on_conflict_do_nothing())
 
 
-def baggage(connection: Connection, job_id: str) -> tuple[str | None, frozenset[int]]:
+def secret_and_done(connection: Connection, job_id: str) -> tuple[str | None, frozenset[int]]:
     """Return the job's secret, and the indexes of the prompts whose outputs are recorded."""
     both = select(jobs.c.secret, job_outputs.c.prompt_index).outerjoin(job_outputs).where(jobs.c.id == job_id)
     rows = connection.execute(both).all()

@@ -7,7 +7,8 @@ import threading
 import time
 from collections.abc import Mapping
 
-from cluster.jobs.model import Depth, StoreUnavailable
+from cluster.failures import StoreUnavailable
+from cluster.jobs.model import Depth
 from cluster.jobs.queue import JobQueue
 
 logger = logging.getLogger(__name__)

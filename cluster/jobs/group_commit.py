@@ -8,8 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from cluster.databases.database import Database
+from cluster.failures import StoreUnavailable
 from cluster.jobs import submission
-from cluster.jobs.model import Job, NewJob, StoreUnavailable
+from cluster.jobs.model import Job, NewJob
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ from collections.abc import Collection, Sequence
 
 from sqlalchemy import Connection, delete, select
 
-from cluster.jobs.model import FailureCode, JobState
+from cluster.failures import FailureCode
+from cluster.jobs.model import JobState
 from cluster.jobs.schema import job_events, jobs, locks, now, workers
 from cluster.jobs.transitions import again_or_failed, end_run, literal_state
 

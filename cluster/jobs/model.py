@@ -1,4 +1,4 @@
-"""A job's life: its states, the legal transitions, and the codes of failed jobs."""
+"""What a job is: its states and legal transitions, and the records that travel between queue and callers."""
 
 from __future__ import annotations
 
@@ -45,46 +45,6 @@ class Phase(StrEnum):
     PUBLISH = "publish"
 
 
-class FailureCode(StrEnum):
-    """Stable codes of failed jobs, in `error_code` of the status."""
-
-    CONTROL_IMAGE_INVALID = "CONTROL_IMAGE_INVALID"
-    CONTROL_IMAGE_SHAPE = "CONTROL_IMAGE_SHAPE"
-    CONTROL_IMAGE_TOO_LARGE = "CONTROL_IMAGE_TOO_LARGE"
-    CONTROL_IMAGE_UNREACHABLE = "CONTROL_IMAGE_UNREACHABLE"
-    DEVICE_FAULT = "DEVICE_FAULT"
-    INFERENCE_TIMEOUT = "INFERENCE_TIMEOUT"
-    INTERNAL_ERROR = "INTERNAL_ERROR"
-    LORA_ACCESS_DENIED = "LORA_ACCESS_DENIED"
-    LORA_FORMAT_NOT_SUPPORTED = "LORA_FORMAT_NOT_SUPPORTED"
-    LORA_HASH_MISMATCH = "LORA_HASH_MISMATCH"
-    LORA_NOT_FOUND = "LORA_NOT_FOUND"
-    LORA_NO_MATCH = "LORA_NO_MATCH"
-    LORA_PATH_NOT_ALLOWED = "LORA_PATH_NOT_ALLOWED"
-    LORA_STORE_ERROR = "LORA_STORE_ERROR"
-    LORA_TOO_LARGE = "LORA_TOO_LARGE"
-    LORA_UNREACHABLE = "LORA_UNREACHABLE"
-    LORA_URL_IS_DIRECTORY = "LORA_URL_IS_DIRECTORY"
-    LORA_URL_IS_HTML = "LORA_URL_IS_HTML"
-    MODEL_LOAD_FAILED = "MODEL_LOAD_FAILED"
-    OUTPUT_NOT_FINITE = "OUTPUT_NOT_FINITE"
-    OUTPUT_STORE_ERROR = "OUTPUT_STORE_ERROR"
-    OUT_OF_MEMORY = "OUT_OF_MEMORY"
-    SECRET_UNREADABLE = "SECRET_UNREADABLE"  # noqa: S105 - a code
-    URL_NOT_ALLOWED = "URL_NOT_ALLOWED"
-    WORKER_LOST = "WORKER_LOST"
-
-
-class JobFailure(Exception):
-    """A job cannot be rendered; `retry` says whether another attempt may help."""
-
-    def __init__(self, code: FailureCode, message: str, *, retry: bool = False) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-        self.retry = retry
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewWebhook:
     """Where to tell that a job has ended in one of the states `events`; `secret` is the query, encrypted."""
@@ -92,6 +52,10 @@ class NewWebhook:
     url: str
     events: tuple[JobState, ...]
     secret: str | None = field(default=None, repr=False)
+
+
+OPEN_TENANT = ""
+"""The owner of every job while the service is open, without API keys."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +73,7 @@ class NewJob:
     model: str
     spec: Mapping[str, Any]
     adapter: str
-    tenant: str = ""
+    tenant: str = OPEN_TENANT
     idempotency_key: str | None = None
     fingerprint: str | None = None
     secret: str | None = field(default=None, repr=False)
@@ -211,7 +175,3 @@ class LeaseLost(Exception):
 
 class IdempotencyConflict(Exception):
     """The idempotency key was used before with another request body."""
-
-
-class StoreUnavailable(Exception):
-    """The job table cannot be reached now. A write whose answer was lost may stand, as a whole."""

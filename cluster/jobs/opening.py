@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from cluster.jobs.model import StoreUnavailable
+from cluster.failures import StoreUnavailable
 from cluster.jobs.queue import JobQueue
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, delete, exists, false, select, update
 
 from cluster.databases.database import Watch, open_database
-from cluster.jobs import claims, submission
-from cluster.jobs import housekeeping as janitor
+from cluster.jobs import claims, housekeeping, submission
 from cluster.jobs.batches import Batches
 from cluster.jobs.group_commit import GroupCommit
 from cluster.jobs.migrations import upgrade
@@ -132,7 +131,7 @@ class JobQueue(Reports):
                 # Nothing is committed, so that nobody wakes who would look in vain and wake others.
                 connection.rollback()
                 return None
-            claims.hold(connection, self._database.insert, owner, coming)
+            claims.record_held(connection, self._database.insert, owner, coming)
             return None if chosen is None else self._take(connection, owner, chosen)
 
     def _anything_ready(self, model: str) -> bool:
@@ -154,11 +153,11 @@ class JobQueue(Reports):
             lease_until=now() + self._lease_s,
             deadline=now() + self._run_timeout_s,
         )
-        claims.hold(connection, self._database.insert, owner, [job.adapter])
-        secret, done = claims.baggage(connection, job.id)
+        claims.record_held(connection, self._database.insert, owner, [job.adapter])
+        secret, done = claims.secret_and_done(connection, job.id)
         return Claim(job=job, owner=owner, epoch=job.epoch, done=done, secret=secret)
 
-    def foresee(
+    def peek_next(
         self,
         model: str,
         owner: str,
@@ -178,12 +177,12 @@ class JobQueue(Reports):
         with self._database.write() as connection:
             claims.announce(connection, self._database.insert, owner, model, warm)
             order = {"age_bound_s": self._age_bound_s, "patience_s": patience_s}
-            foreseen = claims.foresee(connection, model, owner, without=without, **order)
-            if foreseen is None or foreseen[0].adapter in warm:
+            upcoming = claims.peek_next(connection, model, owner, without=without, **order)
+            if upcoming is None or upcoming[0].adapter in warm:
                 connection.rollback()
             else:
-                claims.hold(connection, self._database.insert, owner, [foreseen[0].adapter])
-        return foreseen
+                claims.record_held(connection, self._database.insert, owner, [upcoming[0].adapter])
+        return upcoming
 
     def heartbeat(self, claim: Claim, progress: Progress, *, renew: bool) -> Lease:
         """Write progress, renew the lease if asked to, and tell whether the run has to stop."""
@@ -265,7 +264,7 @@ class JobQueue(Reports):
         Returns how many jobs moved. Every gateway may call it at any time; one at a time does it.
         """
         with self._database.write() as connection:
-            return janitor.sweep(
+            return housekeeping.sweep(
                 connection,
                 max_attempts=self._max_attempts,
                 run_timeout_s=self._run_timeout_s,
@@ -279,7 +278,7 @@ class JobQueue(Reports):
         leaves rows that are found again.
         """
         with self._database.read() as connection:
-            return janitor.expired(connection, older_than_s, limit)
+            return housekeeping.expired(connection, older_than_s, limit)
 
     def forget(self, job_ids: Collection[str]) -> int:
         """Delete jobs with their outputs, events and idempotency keys; return how many there were.
@@ -287,7 +286,7 @@ class JobQueue(Reports):
         A job that has not come to its end stays.
         """
         with self._database.write() as connection:
-            return janitor.forget(connection, job_ids)
+            return housekeeping.forget(connection, job_ids)
 
 
 def _lost(claim: Claim) -> LeaseLost:

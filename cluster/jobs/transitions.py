@@ -20,7 +20,7 @@ from sqlalchemy import (
     update,
 )
 
-from cluster.databases.postgres import CHANNEL
+from cluster.databases.database import notify_watches
 from cluster.jobs.model import Claim, Job, JobState, JobSummary, Phase, Progress
 from cluster.jobs.schema import job_events, jobs, now, webhooks
 
@@ -100,9 +100,8 @@ def record(connection: Connection, changed: Sequence[Job]) -> None:
             if ended := [job.id for job in changed if job.state is state]:
                 wanted = and_(webhooks.c.job_id.in_(ended), webhooks.c.events.contains(state))
                 connection.execute(update(webhooks).where(wanted).values(due_at=now()))
-        heard = any(job.state is not JobState.IN_PROGRESS for job in changed)
-        if heard and connection.dialect.name == "postgresql":
-            connection.exec_driver_sql(f"NOTIFY {CHANNEL}")
+        if any(job.state is not JobState.IN_PROGRESS for job in changed):
+            notify_watches(connection)
 
 
 def end_run(

@@ -13,7 +13,7 @@ TURBO = Checkpoint(repo="krea/Krea-2-Turbo", gated=True)
 
 TILED = Preview(
     differs="Pictures with a side above 256 pixels are decoded in tiles.",
-    fields={"during": "trainer_s_tiles"},
+    fields={"during": "trainer_tiles"},
 )
 """As the trainer decodes with `low_vram`, which its user interface sets for these models."""
 
@@ -30,7 +30,7 @@ EDIT_PREVIEW = Preview(
     " tiles.",
     fields={
         "arguments": "krea2_edit.edit_preview_arguments",
-        "during": "trainer_s_tiles",
+        "during": "trainer_tiles",
         "control_images": ControlImages(least=1, most=4, most_aspect=150, choose=main_shown_twice),
     },
 )

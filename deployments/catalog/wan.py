@@ -55,7 +55,7 @@ EULER_3 = Preview(
 EULER_3_FROM_IMAGE = Preview(
     differs="Sampled with Euler steps and shift 3, not UniPC; CLIP sees the control image as torchvision"
     " resizes it, not Pillow.",
-    fields={"scheduler": EULER_SHIFT_3, "during": "trainer_s_resize"},
+    fields={"scheduler": EULER_SHIFT_3, "during": "trainer_resize"},
 )
 
 ROWS = (
@@ -186,7 +186,7 @@ ROWS = (
         preview=Preview(
             differs="Sampled with Euler steps and shift 5, not UniPC and 3; the low-noise transformer begins"
             " at 0.875, not 0.9.",
-            fields={"scheduler": EULER_SHIFT_5, "during": "trainer_s_boundary"},
+            fields={"scheduler": EULER_SHIFT_5, "during": "trainer_boundary"},
         ),
     ),
     ModelSpec(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from PIL import Image
 
-from cluster.jobs.model import FailureCode, JobFailure
+from cluster.failures import FailureCode, JobFailure
 from cluster.net.fetcher import Fetcher
 from cluster.net.limits import FetchError, FetchFault
 from cluster.net.urls import parse_url

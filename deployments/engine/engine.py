@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cluster.jobs.model import FailureCode, JobFailure
+from cluster.failures import FailureCode, JobFailure
 from deployments.catalog import HighResolution, ModelSpec
 from deployments.catalog.job_spec import PromptSpec, Sampling
 from deployments.engine.by_name import family_function, make_scheduler, with_parts_of

@@ -16,7 +16,8 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import torch
 from PIL import Image
 
-from cluster.jobs.model import FailureCode, JobFailure, Phase
+from cluster.failures import FailureCode, JobFailure
+from cluster.jobs.model import Phase
 from deployments.catalog.job_spec import LoraSpec, PromptSpec, RenderSpec, bare
 from deployments.engine.control_images import Controls
 from deployments.engine.engine import Engine

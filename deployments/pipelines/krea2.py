@@ -45,7 +45,7 @@ def guided_arguments(prompt: PromptSpec, encode: Callable[[str], tuple[Tensor, T
     return arguments
 
 
-def trainer_s_tiles(pipeline: Any, _arguments: dict[str, Any]) -> AbstractContextManager[None]:  # noqa: ANN401
+def trainer_tiles(pipeline: Any, _arguments: dict[str, Any]) -> AbstractContextManager[None]:  # noqa: ANN401
     """Decode in tiles of 256 pixels, 192 apart."""
     return tiled_decode(pipeline.vae)
 

@@ -46,7 +46,7 @@ def rounded_start(pipeline: Any, arguments: dict[str, Any]) -> Iterator[None]:  
 
 
 @contextmanager
-def trainer_s_boundary(pipeline: Any, arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
+def trainer_boundary(pipeline: Any, arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
     """Begin as above, and hand over to the low-noise transformer where the trainer does."""
     own = pipeline.config.boundary_ratio
     pipeline.register_to_config(boundary_ratio=0.875)
@@ -58,7 +58,7 @@ def trainer_s_boundary(pipeline: Any, arguments: dict[str, Any]) -> Iterator[Non
 
 
 @contextmanager
-def trainer_s_resize(pipeline: Any, _arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
+def trainer_resize(pipeline: Any, _arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
     """Let CLIP see the control image as torchvision resizes it, which the trainer has installed."""
     own = pipeline.image_processor
     pipeline.image_processor = BytesProcessor.from_dict(own.to_dict())

@@ -12,8 +12,9 @@ from collections.abc import Collection
 from concurrent.futures import Future
 from contextlib import ExitStack
 
+from cluster.failures import FailureCode, JobFailure, StoreUnavailable
 from cluster.jobs.claims import Answer, Offer, take_any
-from cluster.jobs.model import Claim, FailureCode, Job, JobFailure, Phase, StoreUnavailable
+from cluster.jobs.model import Claim, Job, Phase
 from cluster.jobs.queue import JobQueue
 from cluster.objects.store import ObjectStore
 from cluster.telemetry import redact
@@ -72,7 +73,7 @@ class ClaimLoop:
         self._watch = queue.watch()
         self._patience = Patience()
         self._prefetcher = Prefetcher(
-            loras, engine.prepare, foresee=self._foresee, queued=queue.queued, arrived=self._watch.wake
+            loras, engine.prepare, peek_next=self._peek_next, queued=queue.queued, arrived=self._watch.wake
         )
         self.loaded = threading.Event()
         self._thread = threading.Thread(target=self._main, name="render", daemon=True)
@@ -138,9 +139,9 @@ class ClaimLoop:
     def _offer(self, job: Job, secret: str | None) -> Answer:
         return self._prefetcher.offer(job, secret, patience_s=self._patience.seconds)
 
-    def _foresee(self, coming: frozenset[str]) -> tuple[Job, str | None] | None:
+    def _peek_next(self, coming: frozenset[str]) -> tuple[Job, str | None] | None:
         patience_s = self._patience.seconds
-        return self._queue.foresee(
+        return self._queue.peek_next(
             self._model, self._owner, warm=self.warm, patience_s=patience_s, without=coming
         )
 

@@ -12,7 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 
-from cluster.jobs.model import LeaseLost, Phase, StoreUnavailable
+from cluster.failures import StoreUnavailable
+from cluster.jobs.model import LeaseLost, Phase
 from cluster.jobs.queue import JobQueue
 from deployments.worker.run import STALL_LIMITS_S, Run, Stop
 

@@ -18,8 +18,9 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+from cluster.failures import FailureCode, JobFailure, StoreUnavailable
 from cluster.jobs.claims import Answer
-from cluster.jobs.model import FailureCode, Job, JobFailure, StoreUnavailable
+from cluster.jobs.model import Job
 from deployments.catalog.job_spec import LoraSpec, RenderSpec, unseal
 from deployments.loras.sources.lora_root import LoraFile
 from deployments.loras.sources.loras import Loras, Tick
@@ -37,7 +38,7 @@ LOOK_S = 0.5
 
 Prepare: TypeAlias = Callable[[LoraFile], AbstractContextManager[None]]
 
-Foresee: TypeAlias = Callable[[frozenset[str]], "tuple[Job, str | None] | None"]
+PeekNext: TypeAlias = Callable[[frozenset[str]], "tuple[Job, str | None] | None"]
 """Returns the job that would be claimed next, those of the given LoRA sets left out, and its secret."""
 
 
@@ -68,7 +69,7 @@ class Arrival:
 class Prefetcher:
     """Brings LoRAs with `loras`, then `prepare`, on threads of its own; thread-safe.
 
-    `prepare` takes a file to the tiers of the engine and holds it there. `foresee` looks at the queue while
+    `prepare` takes a file to the tiers of the engine and holds it there. `peek_next` looks at the queue while
     `rendering` is set, `queued` tells which of some jobs still wait; `arrived` is called when something has
     come. At most `SLOTS` jobs at a time have their LoRAs in use here, which budgets may be overshot by.
     """
@@ -78,13 +79,13 @@ class Prefetcher:
         loras: Loras,
         prepare: Prepare,
         *,
-        foresee: Foresee,
+        peek_next: PeekNext,
         queued: Callable[[Collection[str]], set[str]],
         arrived: Callable[[], None],
     ) -> None:
         self._loras = loras
         self._prepare = prepare
-        self._foresee = foresee
+        self._peek_next = peek_next
         self._queued = queued
         self._arrived = arrived
         self._lock = threading.Lock()
@@ -128,7 +129,7 @@ class Prefetcher:
                 return Answer.TAKE if arrival.done else Answer.BRING
             try:
                 spec = RenderSpec.model_validate(job.spec)
-                asks_nobody = all(self._loras.at_hand(lora) for lora in spec.loras)
+                asks_nobody = all(self._loras.opens_offline(lora) for lora in spec.loras)
             except (ValueError, OSError):
                 return Answer.TAKE  # Once it is claimed it fails with a code, and that counts as an attempt.
             if asks_nobody:
@@ -156,8 +157,8 @@ class Prefetcher:
     def _bring_next(self) -> None:
         with self._lock:
             coming = frozenset(each.job.adapter for each in self._arrivals.values() if not each.done)
-        if foreseen := self._foresee(coming):
-            job, secret = foreseen
+        if upcoming := self._peek_next(coming):
+            job, secret = upcoming
             with self._lock:
                 if job.id not in self._arrivals:
                     self._bring(job, RenderSpec.model_validate(job.spec), secret, patience_s=0.0)

@@ -17,7 +17,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cluster.jobs.model import FailureCode, JobFailure, JobState, LeaseLost, StoreUnavailable
+from cluster.failures import FailureCode, JobFailure, StoreUnavailable
+from cluster.jobs.model import JobState, LeaseLost
 from cluster.jobs.queue import JobQueue
 from cluster.objects.store import ObjectStore, StoreError
 from deployments.engine.media import FILE_TYPES, Media, save

@@ -19,7 +19,7 @@ from cluster.databases.database import jobs_url
 from cluster.jobs.opening import open_queue
 from cluster.net.fetcher import Fetcher
 from cluster.net.urls import parse_hosts
-from cluster.objects.store import open_store
+from cluster.objects.opening import open_store
 from cluster.telemetry import configure_logging
 from deployments.catalog import CATALOG
 from deployments.worker.heartbeat import Heartbeat

@@ -8,7 +8,8 @@ import time
 from collections.abc import Mapping
 from enum import StrEnum
 
-from cluster.jobs.model import Claim, JobFailure, Phase, Progress
+from cluster.failures import JobFailure
+from cluster.jobs.model import Claim, Phase, Progress
 from deployments.catalog.job_spec import RenderSpec
 
 STALL_LIMITS_S: Mapping[Phase, float] = {

@@ -6,8 +6,8 @@ import threading
 import time
 from dataclasses import dataclass
 
+from cluster.jobs.model import OPEN_TENANT
 from cluster.jobs.queue import JobQueue
-from serve_app.gateway.auth import OPEN_TENANT
 from serve_app.settings import GatewayArgs
 from serve_app.wire.refusals import Code, Refusal
 

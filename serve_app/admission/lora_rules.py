@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from cluster.jobs.model import JobFailure
+from cluster.failures import JobFailure
 from cluster.net.urls import parse_hosts
 from deployments.catalog import ModelSpec
 from deployments.loras.format.header import read_header

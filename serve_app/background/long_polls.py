@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cluster.jobs.model import StoreUnavailable
+from cluster.failures import StoreUnavailable
 from cluster.jobs.queue import JobQueue
 from serve_app.background.job_changes import Following
 

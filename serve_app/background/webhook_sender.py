@@ -17,7 +17,8 @@ from datetime import UTC, datetime
 
 from standardwebhooks import Webhook
 
-from cluster.jobs.model import JobFailure, JobState, NewWebhook, StoreUnavailable
+from cluster.failures import JobFailure, StoreUnavailable
+from cluster.jobs.model import JobState, NewWebhook
 from cluster.jobs.webhook_outbox import Message, Outbox
 from cluster.net.fetcher import Fetcher
 from cluster.net.limits import FetchError, Limits

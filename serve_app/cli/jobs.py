@@ -12,9 +12,11 @@ from typing import Annotated
 import typer
 
 from cluster.databases.database import jobs_url
-from cluster.jobs.model import Job, JobState, StoreUnavailable
+from cluster.failures import StoreUnavailable
+from cluster.jobs.model import Job, JobState
 from cluster.jobs.queue import JobQueue
-from cluster.objects.store import StoreError, open_store
+from cluster.objects.opening import open_store
+from cluster.objects.store import StoreError
 from serve_app.background.retention import DAY_S, remove_old
 from serve_app.settings import Settings
 

@@ -93,7 +93,7 @@ def inspect(
     lora: Annotated[str, typer.Argument(help="A .safetensors file, or a URL, hf:// or s3:// reference.")],
 ) -> None:
     """Print as JSON what a LoRA is and which models it fits, from its header alone."""
-    from cluster.jobs.model import JobFailure
+    from cluster.failures import JobFailure
     from deployments.loras.format.inspection import inspect_file
     from serve_app.admission.inspection import Inspector
     from serve_app.wire.refusals import Refusal

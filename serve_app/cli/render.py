@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from cluster.jobs.model import JobFailure
+from cluster.failures import JobFailure
 from cluster.net.fetcher import Fetcher
 from cluster.net.urls import parse_hosts
-from cluster.objects.store import DirectoryStore, ObjectStore
+from cluster.objects.directory import DirectoryStore
+from cluster.objects.store import ObjectStore
 from deployments.catalog import CATALOG
 from deployments.catalog.job_spec import OutputFormat
 from deployments.engine.checkpoints import Checkpoints

@@ -15,13 +15,11 @@ from fastapi import Depends, Request, Response
 from fastapi.security import HTTPBearer
 from fastapi.security.utils import get_authorization_scheme_param
 
+from cluster.jobs.model import OPEN_TENANT
 from serve_app.gateway.body_bounds import BoundedRoute
 from serve_app.wire.refusals import Code, Refusal
 
 logger = logging.getLogger(__name__)
-
-OPEN_TENANT = ""
-"""The owner of every job while the service is open."""
 
 SCHEME = HTTPBearer(auto_error=False, scheme_name="API key")
 """Tells in the OpenAPI description that a key is needed; `KeyedRoute` asks for it."""

@@ -16,7 +16,8 @@ from standardwebhooks import Webhook
 from cluster.databases.database import jobs_url
 from cluster.jobs.opening import open_queue
 from cluster.jobs.queue import JobQueue
-from cluster.objects.store import ObjectStore, open_store
+from cluster.objects.opening import open_store
+from cluster.objects.store import ObjectStore
 from serve_app.admission.backlog import Backlog
 from serve_app.admission.inspection import Inspector
 from serve_app.background.long_polls import Waiting

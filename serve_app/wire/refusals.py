@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from cluster.jobs.model import StoreUnavailable
+from cluster.failures import StoreUnavailable
 from cluster.objects.store import StoreError
 
 logger = logging.getLogger(__name__)

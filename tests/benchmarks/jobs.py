@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.jobs.queue import JobQueue
-from cluster.objects.store import DirectoryStore
+from cluster.objects.directory import DirectoryStore
 from deployments.catalog import CATALOG
 from deployments.engine.checkpoints import Checkpoints
 from deployments.engine.engine import Engine

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from cluster.jobs.model import NewJob
 from cluster.jobs.queue import JobQueue
-from cluster.objects.store import DirectoryStore
+from cluster.objects.directory import DirectoryStore
 from deployments.catalog.job_spec import LoraSpec, PromptSpec, RenderSpec
 from deployments.engine.engine import Engine
 from deployments.worker.claiming import ClaimLoop

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.jobs.model import FailureCode, JobFailure
+from cluster.failures import FailureCode, JobFailure
 from cluster.secrets import can_seal, open_secret, seal
 
 KEY = "an operator's own phrase of 40 characters"

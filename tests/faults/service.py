@@ -14,9 +14,11 @@ from typing import Any
 
 import httpx
 
-from cluster.jobs.model import Job, JobState, StoreUnavailable
+from cluster.failures import StoreUnavailable
+from cluster.jobs.model import Job, JobState
 from cluster.jobs.queue import JobQueue
-from cluster.objects.store import ObjectStore, open_store
+from cluster.objects.opening import open_store
+from cluster.objects.store import ObjectStore
 from tests.faults.contract import check_contract
 from tests.parity.cases import FOLDER
 from tests.support.service import (

@@ -17,7 +17,8 @@ from contextlib import closing
 import httpx
 import pytest
 
-from cluster.jobs.model import Claim, FailureCode, JobState
+from cluster.failures import FailureCode
+from cluster.jobs.model import Claim, JobState
 from tests.cluster.jobs.tables import locked
 from tests.faults.service import MODELS, Service, body, kill_unless_last_attempt, long_body
 from tests.support.s3 import Proxy, delayed, passed_on, refused, reset_after_sending

@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 
 from cluster.jobs.model import JobState
 from cluster.jobs.queue import JobQueue
-from cluster.objects.store import open_store
+from cluster.objects.opening import open_store
 from tests.cluster.databases.postgres import PostgresServer
 from tests.faults.redis import PASSWORD, serving_redis
 from tests.faults.service import Service, body, long_body, worker_config

@@ -20,7 +20,8 @@ import psutil
 import pytest
 from ray._private.utils import get_num_cpus
 
-from cluster.jobs.model import FailureCode, JobState
+from cluster.failures import FailureCode
+from cluster.jobs.model import JobState
 from tests.cluster.databases.postgres import PostgresServer
 from tests.faults.service import MODELS, Service, body, kill_all, long_body, serving
 from tests.support.service import descendants, replica_pids, wait_until

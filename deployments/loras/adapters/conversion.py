@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from cluster.jobs.model import FailureCode, JobFailure
+from cluster.failures import FailureCode, JobFailure
 from deployments.loras.adapters.deltas import Delta, Layer, build
 from deployments.loras.adapters.packed import LayerName, Packed, pack
 from deployments.loras.format.by_head import sort_by_projection

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from cluster.durable import sync_directory
 from cluster.metrics import Meter
 from deployments.loras.sources.crash_suspects import Suspects
 from deployments.loras.sources.file_locks import locked
@@ -128,7 +129,7 @@ class LoraStore:
                 self.meter.holds(self._make_room(size) + size)
                 fcntl.flock(file, fcntl.LOCK_SH)  # The downloader is a user like any other now.
                 Path(file.name).rename(path)
-                _sync(self._files)
+                sync_directory(self._files)
             lease = self.find(sha256)
         assert lease is not None  # noqa: S101 - whoever evicts holds the same lock
         return lease
@@ -195,12 +196,3 @@ def _remove_unused(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return unused
-
-
-def _sync(directory: Path) -> None:
-    """Write a directory's entries to disk; without it a new name may not survive a power loss."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

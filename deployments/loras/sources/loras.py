@@ -19,7 +19,7 @@ from urllib.parse import quote
 from botocore.exceptions import BotoCoreError, ClientError
 from huggingface_hub import constants, get_token
 
-from cluster.jobs.model import FailureCode, JobFailure
+from cluster.failures import FailureCode, JobFailure
 from cluster.metrics import Meter
 from cluster.net.fetcher import Fetched, Fetcher, fault_of
 from cluster.net.limits import FetchError, FetchFault, copy, too_large
@@ -118,7 +118,7 @@ class Loras:
             if lease:
                 lease.close()
 
-    def at_hand(self, lora: LoraSpec) -> bool:
+    def opens_offline(self, lora: LoraSpec) -> bool:
         """Whether `open` has nobody to ask: the file is below the root, or here by its sha256."""
         try:
             remote = parse(lora.path)

@@ -11,7 +11,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from cluster.jobs.model import FailureCode, JobState, StoreUnavailable
+from cluster.failures import FailureCode, StoreUnavailable
+from cluster.jobs.model import JobState
 from cluster.objects.store import StoreError
 from serve_app.gateway.auth import KeyedRoute
 from serve_app.wire.answers import StatusAnswer

@@ -9,7 +9,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from cluster.jobs.model import Job, JobState, StoreUnavailable
+from cluster.failures import StoreUnavailable
+from cluster.jobs.model import Job, JobState
 from cluster.objects.store import StoreError
 from deployments.catalog import CATALOG
 from serve_app.admission.submission import IdempotencyKey, check_key, submit

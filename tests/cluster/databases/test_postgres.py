@@ -14,7 +14,8 @@ import pytest
 from cluster.databases import postgres
 from cluster.databases.database import open_database
 from cluster.databases.postgres import PostgresDatabase
-from cluster.jobs.model import JobState, StoreUnavailable
+from cluster.failures import StoreUnavailable
+from cluster.jobs.model import JobState
 from cluster.jobs.queue import JobQueue
 from tests.cluster.databases.postgres import PostgresServer
 from tests.cluster.jobs.tables import MODEL, STEP, claim, new_job, state_of, submit

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.databases import sqlite
 from cluster.databases.database import open_database
-from cluster.jobs.model import StoreUnavailable
+from cluster.failures import StoreUnavailable
 from cluster.jobs.queue import JobQueue
 from tests.cluster.jobs.tables import new_job, submit
 

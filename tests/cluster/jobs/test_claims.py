@@ -154,19 +154,19 @@ def test_what_a_replica_holds_waits_for_no_other_s_origin(queue: JobQueue, url: 
 
 def test_what_a_busy_replica_foresees_stays_in_the_queue(queue: JobQueue, url: str) -> None:
     (job,) = queue.submit([new_job("next", secret="ciphertext")])
-    foresee = lambda *without: queue.foresee(  # noqa: E731
+    peek_next = lambda *without: queue.peek_next(  # noqa: E731
         MODEL, "busy", warm=["mine"], patience_s=5, without=frozenset(without)
     )
-    assert foresee() is None, "it is for idle replicas first"
+    assert peek_next() is None, "it is for idle replicas first"
     let_pass(url, 6)
-    assert foresee("next") is None
-    foreseen = foresee()
-    assert foreseen is not None
-    assert (foreseen[0].id, foreseen[0].state, foreseen[1]) == (job.id, JobState.IN_QUEUE, "ciphertext")
+    assert peek_next("next") is None
+    upcoming = peek_next()
+    assert upcoming is not None
+    assert (upcoming[0].id, upcoming[0].state, upcoming[1]) == (job.id, JobState.IN_QUEUE, "ciphertext")
     submit(queue, "next")
     assert adapter(queue, "idle", patience_s=60) is None, "two replicas do not bring the same"
     assert claim(queue, "idle", patience_s=5).job.id == job.id, "but nobody waits for ever"
-    assert foresee() is None
+    assert peek_next() is None
 
 
 def test_a_wait_ends_when_its_watch_is_woken(queue: JobQueue) -> None:

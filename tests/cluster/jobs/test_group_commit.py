@@ -15,8 +15,9 @@ from sqlalchemy.exc import IntegrityError, StatementError
 
 from cluster.databases import postgres, sqlite
 from cluster.databases.database import Insert
+from cluster.failures import StoreUnavailable
 from cluster.jobs import submission
-from cluster.jobs.model import IdempotencyConflict, Job, NewJob, StoreUnavailable
+from cluster.jobs.model import IdempotencyConflict, Job, NewJob
 from cluster.jobs.queue import JobQueue
 from tests.cluster.jobs.tables import locked, new_job, submit
 from tests.support.service import wait_until

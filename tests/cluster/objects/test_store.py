@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.objects.store import DirectoryStore, ObjectStore, StoreError, content_key, open_store
+from cluster.objects.directory import DirectoryStore
+from cluster.objects.opening import open_store
+from cluster.objects.store import ObjectStore, StoreError, content_key
 
 KEY = "0d4c/1/0-Zm9v_-.png"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.jobs.model import FailureCode, JobFailure
+from cluster.failures import FailureCode, JobFailure
 from deployments.catalog import Checkpoint, Part
 from deployments.engine.checkpoints import Checkpoints
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cluster.jobs.model import FailureCode, JobFailure
+from cluster.failures import FailureCode, JobFailure
 from deployments.catalog import CATALOG
 from deployments.engine.checkpoints import Checkpoints
 from deployments.engine.engine import Engine

@@ -21,9 +21,11 @@ import pytest
 import torch
 from PIL import Image
 
-from cluster.jobs.model import FailureCode, Job, JobState, NewJob
+from cluster.failures import FailureCode
+from cluster.jobs.model import Job, JobState, NewJob
 from cluster.jobs.queue import JobQueue
-from cluster.objects.store import DirectoryStore, StoreError
+from cluster.objects.directory import DirectoryStore
+from cluster.objects.store import StoreError
 from cluster.secrets import seal
 from deployments.catalog import CATALOG
 from deployments.catalog.job_spec import LoraSpec, PromptSpec, RenderSpec
@@ -426,7 +428,7 @@ def test_out_of_memory_is_tried_once_more(
 _PROCESS = """
 import sys, time
 from pathlib import Path
-from cluster.objects.store import DirectoryStore
+from cluster.objects.directory import DirectoryStore
 from cluster.jobs.queue import JobQueue
 from tests.deployments.worker import test_claiming as t
 from deployments.worker.heartbeat import Heartbeat

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cluster.jobs.model import FailureCode, JobFailure
-from cluster.objects.store import DirectoryStore
+from cluster.failures import FailureCode, JobFailure
+from cluster.objects.directory import DirectoryStore
 from deployments.engine.job import Report, render_job
 from deployments.engine.media import decode_base64
 from serve_app.admission.admit import FIRST_SEED, admit

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.failures import FailureCode, JobFailure
 from cluster.jobs.claims import Answer
-from cluster.jobs.model import FailureCode, Job, JobFailure, NewJob
+from cluster.jobs.model import Job, NewJob
 from cluster.jobs.queue import JobQueue
 from cluster.net.fetcher import Fetcher
 from cluster.net.urls import parse_hosts
@@ -52,7 +53,7 @@ class Bench:
         self.prefetcher = Prefetcher(
             self.loras,
             self.prepare,
-            foresee=self.foresee,
+            peek_next=self.peek_next,
             queued=self.queue.queued,
             arrived=self.arrived.set,
         )
@@ -62,8 +63,8 @@ class Bench:
         self.prepared.append(file)
         yield
 
-    def foresee(self, coming: frozenset[str]) -> tuple[Job, str | None] | None:
-        return self.queue.foresee("flux", "busy", warm=self.prefetcher.held, patience_s=0, without=coming)
+    def peek_next(self, coming: frozenset[str]) -> tuple[Job, str | None] | None:
+        return self.queue.peek_next("flux", "busy", warm=self.prefetcher.held, patience_s=0, without=coming)
 
     def job(self, *loras: LoraSpec | str) -> Job:
         named = tuple(LoraSpec(path=lora) if isinstance(lora, str) else lora for lora in loras)
@@ -124,7 +125,7 @@ def test_what_cannot_be_looked_at_is_claimed_to_fail(bench: Bench, monkeypatch: 
     def sick(_lora: LoraSpec) -> bool:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(bench.loras, "at_hand", sick)
+    monkeypatch.setattr(bench.loras, "opens_offline", sick)
     assert bench.offer(job) is Answer.TAKE
 
 

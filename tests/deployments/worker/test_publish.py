@@ -15,7 +15,7 @@ import pytest
 
 from cluster.jobs.model import Job, JobState, NewJob, Phase
 from cluster.jobs.queue import JobQueue
-from cluster.objects.store import DirectoryStore
+from cluster.objects.directory import DirectoryStore
 from deployments.catalog.job_spec import LoraSpec, OutputFormat, PromptSpec, RenderSpec
 from deployments.engine.media import Media
 from deployments.worker import publish

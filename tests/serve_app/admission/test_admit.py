@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cluster.objects.store import DirectoryStore, content_key
+from cluster.objects.directory import DirectoryStore
+from cluster.objects.store import content_key
 from deployments.catalog import CATALOG, ModelSpec
 from deployments.catalog.job_spec import LoraSpec, PromptSpec, RenderSpec
 from serve_app.admission.admit import admit

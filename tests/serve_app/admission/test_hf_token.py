@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from cluster.jobs.model import FailureCode, JobFailure, JobState
+from cluster.failures import FailureCode, JobFailure
+from cluster.jobs.model import JobState
 from cluster.secrets import open_secret
 from deployments.catalog.job_spec import RenderSpec, join_secrets
 from tests.serve_app.conftest import Service, body, serving

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from cluster.jobs.model import JobState
 from cluster.jobs.queue import JobQueue
-from cluster.objects.store import DirectoryStore
+from cluster.objects.directory import DirectoryStore
 from serve_app.cli.main import app
 from tests.cluster.jobs.tables import claim, new_job, submit
 

@@ -18,7 +18,8 @@ from PIL import Image
 
 from cluster.jobs.queue import JobQueue
 from cluster.objects import s3
-from cluster.objects.store import ObjectStore, open_store
+from cluster.objects.opening import open_store
+from cluster.objects.store import ObjectStore
 from deployments.catalog import CATALOG
 from deployments.engine.checkpoints import Checkpoints
 from deployments.engine.engine import Engine

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.jobs.model import FailureCode, JobState, Phase
+from cluster.failures import FailureCode
+from cluster.jobs.model import JobState, Phase
 from serve_app.wire.answers import ModelAnswer, StatusAnswer
 from serve_app.wire.refusals import Code
 from serve_app.wire.requests import InferenceRequest, LoraItem, PromptItem

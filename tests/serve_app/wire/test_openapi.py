@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from cluster.jobs.model import FailureCode
+from cluster.failures import FailureCode
 from serve_app.gateway.app import create_app
 from serve_app.settings import GatewayArgs
 from serve_app.wire.openapi import EXAMPLES

@@ -16,7 +16,7 @@ import torch
 from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 
-from cluster.jobs.model import FailureCode, JobFailure
+from cluster.failures import FailureCode, JobFailure
 from deployments.engine.tiny import write_tiny_lora
 from deployments.loras.sources.lora_root import LoraFile, open_lora
 from tests.support.studio import Studio, largest_difference

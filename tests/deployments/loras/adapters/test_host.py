@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cluster.jobs.model import JobFailure
+from cluster.failures import JobFailure
 from deployments.loras.adapters.conversion import Converter, layers_of
 from deployments.loras.adapters.device import Adapters
 from deployments.loras.adapters.host import HostTier

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_minimax_h3_lora_to_diffusers
 
-from cluster.jobs.model import JobFailure
+from cluster.failures import JobFailure
 from deployments.loras.format.by_head import sort_by_projection
 
 

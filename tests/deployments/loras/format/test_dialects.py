@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.jobs.model import FailureCode, JobFailure
+from cluster.failures import FailureCode, JobFailure
 from deployments.loras.format.dialects import Dialect, Role, dialect_of, split
 from deployments.loras.format.header import Header, TensorInfo, read_header
 from tests.parity.cases import FOLDER

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from cluster.jobs.model import FailureCode, JobFailure
+from cluster.failures import FailureCode, JobFailure
 from deployments.loras.format.header import MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo, read_header
 from tests.parity.cases import FOLDER
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cluster.jobs.model import FailureCode, JobFailure
+from cluster.failures import FailureCode, JobFailure
 from deployments.catalog import CATALOG
 from deployments.loras.format.header import Header, TensorInfo
 from deployments.loras.format.inspection import Fit, inspect, inspect_file

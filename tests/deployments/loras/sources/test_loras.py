@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from cluster.jobs.model import FailureCode, JobFailure
+from cluster.failures import FailureCode, JobFailure
 from cluster.net.fetcher import Fetched, Fetcher
 from cluster.net.limits import Limits
 from cluster.net.urls import Url, parse_hosts

@@ -13,7 +13,8 @@ import httpx
 import openai
 import pytest
 
-from cluster.jobs.model import Claim, FailureCode, JobState
+from cluster.failures import FailureCode
+from cluster.jobs.model import Claim, JobState
 from deployments.catalog import CATALOG
 from serve_app.gateway.openai.bodies import ImageGeneration
 from serve_app.wire.requests import InferenceRequest
