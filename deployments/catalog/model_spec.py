@@ -8,7 +8,8 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from deployments.catalog.control_choices import Choose, numbered_else_main
-from deployments.catalog.job_spec import ImageFormat, OutputFormat, Sampling
+from deployments.spec.formats import ImageFormat, OutputFormat
+from deployments.spec.job import Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

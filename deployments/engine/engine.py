@@ -19,7 +19,6 @@ from PIL import Image
 
 from cluster.failures import FailureCode, JobFailure
 from deployments.catalog import HighResolution, ModelSpec
-from deployments.catalog.job_spec import PromptSpec, Sampling
 from deployments.engine.by_name import family_function, make_scheduler, with_parts_of
 from deployments.engine.checkpoints import Checkpoints
 from deployments.engine.loading import Loader, be_deterministic
@@ -33,6 +32,7 @@ from deployments.loras.adapters.conversion import Converter, layers_of
 from deployments.loras.adapters.device import Adapters
 from deployments.loras.adapters.host import HostTier
 from deployments.loras.sources.lora_root import LoraFile, digest
+from deployments.spec.job import PromptSpec, Sampling
 
 ADAPTER_BYTES = 8 * 2**30
 """Default room for adapters on the device, and for those in host memory: about 50 of rank 16 for FLUX.1."""

@@ -18,13 +18,13 @@ from PIL import Image
 
 from cluster.failures import FailureCode, JobFailure
 from cluster.jobs.model import Phase
-from deployments.catalog.job_spec import LoraSpec, PromptSpec, RenderSpec, bare
 from deployments.engine.control_images import Controls
 from deployments.engine.engine import Engine
 from deployments.engine.media import Media
 from deployments.engine.progress import Observer
 from deployments.loras.sources.lora_root import LoraFile
 from deployments.loras.sources.loras import Tick
+from deployments.spec.job import LoraSpec, PromptSpec, RenderSpec, bare
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def _lacks_memory(error: RuntimeError) -> bool:
 
 def _manifest(engine: Engine, prompt: PromptSpec, weighted: _Weighted) -> dict[str, Any]:
     used = [
-        {**lora.model_dump(exclude_none=True), "path": bare(lora.path), "sha256": file.sha256}
+        {**lora.model_dump(exclude_none=True), "path": lora.path.public, "sha256": file.sha256}
         for file, lora in weighted
     ]
     parameters = {**prompt.model_dump(), "controls": tuple(bare(control) for control in prompt.controls)}

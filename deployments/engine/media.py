@@ -10,28 +10,17 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from deployments.catalog.job_spec import OutputFormat
 from deployments.engine.videos import Sound, write_mp4, write_webp
+from deployments.spec.formats import OutputFormat
 
 QUALITY = 95
 """Of JPEG and lossy WEBP pictures, as the reference server saves its JPEG."""
-
-FILE_TYPES: Mapping[OutputFormat, tuple[str, str]] = MappingProxyType(
-    {
-        "jpeg": ("jpg", "image/jpeg"),
-        "png": ("png", "image/png"),
-        "webp": ("webp", "image/webp"),
-        "mp4": ("mp4", "video/mp4"),
-    }
-)
-"""Extension and content type of each format."""
 
 MANIFEST_KEY = "lora-serve"
 """Keyword of the PNG text chunk that holds the manifest as JSON."""

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deployments.catalog.job_spec import PromptSpec
+from deployments.spec.job import PromptSpec
 
 _TEXT_TOKENS = 512
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from deployments.catalog.job_spec import PromptSpec
+from deployments.spec.job import PromptSpec
 
 
 def edit_arguments(_pipeline: Any, prompt: PromptSpec, controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401

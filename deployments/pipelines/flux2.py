@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from deployments.catalog.job_spec import PromptSpec
+from deployments.spec.job import PromptSpec
 
 
 def complete_tokenizer(pipeline: Any) -> None:  # noqa: ANN401 - any diffusers pipeline

@@ -12,7 +12,7 @@ import torch
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from PIL import Image
 
-from deployments.catalog.job_spec import PromptSpec
+from deployments.spec.job import PromptSpec
 
 _FIRST = np.float32(3 * 0.999 / (1 + 2 * 0.999))
 """Where the sigmas start: 0.999, the noisiest of a thousand training steps, after a shift of 3."""

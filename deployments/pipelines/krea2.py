@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deployments.catalog.job_spec import PromptSpec
 from deployments.engine.tiling import tiled_decode
+from deployments.spec.job import PromptSpec
 
 _TEXT_TOKENS = 512 + 5
 """512 of the prompt; diffusers counts the five that follow it too."""

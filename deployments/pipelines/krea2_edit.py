@@ -34,8 +34,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from deployments.catalog.job_spec import PromptSpec, without
 from deployments.pipelines.krea2 import guided_arguments
+from deployments.spec.job import PromptSpec, without
 
 _SEEN_AREA = 384 * 384
 """Largest area at which the text encoder sees a control image, in pixels."""

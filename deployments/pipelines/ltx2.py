@@ -11,8 +11,8 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from PIL import Image
 from torch import Tensor
 
-from deployments.catalog.job_spec import PromptSpec
 from deployments.pipelines import wan
+from deployments.spec.job import PromptSpec
 
 _MASKED = -9000.0
 """At or above, a token counts as one of the prompt: what the connectors compare their mask with."""

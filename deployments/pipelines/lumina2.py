@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from deployments.catalog.job_spec import PromptSpec
+from deployments.spec.job import PromptSpec
 
 _TEXT_TOKENS = 256
 

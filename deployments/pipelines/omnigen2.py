@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from deployments.catalog.job_spec import PromptSpec
 from deployments.pipelines.omnigen2_transformer import OmniGen2Transformer2DModel
+from deployments.spec.job import PromptSpec
 
 _TEMPLATE = (
     "<|im_start|>system\nYou are a helpful assistant that generates high-quality images based on user"

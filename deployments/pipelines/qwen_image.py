@@ -23,7 +23,7 @@ from torch.nn import functional
 from transformers import BatchFeature
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from deployments.catalog.job_spec import PromptSpec, without
+from deployments.spec.job import PromptSpec, without
 
 _IMAGE = "<|image_pad|>"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from deployments.catalog.job_spec import PromptSpec
+from deployments.spec.job import PromptSpec
 
 
 def flag_arguments(_pipeline: Any, prompt: PromptSpec, _controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPImageProcessorPil
 
-from deployments.catalog.job_spec import PromptSpec
+from deployments.spec.job import PromptSpec
 
 
 def image_arguments(_pipeline: Any, prompt: PromptSpec, controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401

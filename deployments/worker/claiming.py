@@ -18,11 +18,11 @@ from cluster.jobs.model import Claim, Job, Phase
 from cluster.jobs.queue import JobQueue
 from cluster.objects.store import ObjectStore
 from cluster.telemetry import redact
-from deployments.catalog.job_spec import unseal
 from deployments.engine.control_images import Controls
 from deployments.engine.engine import Engine
 from deployments.engine.job import Report, render_job
 from deployments.loras.sources.loras import Loras
+from deployments.spec.job import unseal
 from deployments.worker.heartbeat import Heartbeat, end_process
 from deployments.worker.patience import Patience
 from deployments.worker.prefetch import Prefetcher

@@ -21,9 +21,9 @@ from typing import TypeAlias
 from cluster.failures import FailureCode, JobFailure, StoreUnavailable
 from cluster.jobs.claims import Answer
 from cluster.jobs.model import Job
-from deployments.catalog.job_spec import LoraSpec, RenderSpec, unseal
 from deployments.loras.sources.lora_root import LoraFile
 from deployments.loras.sources.loras import Loras, Tick
+from deployments.spec.job import LoraSpec, RenderSpec, unseal
 
 logger = logging.getLogger(__name__)
 

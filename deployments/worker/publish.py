@@ -21,8 +21,9 @@ from cluster.failures import FailureCode, JobFailure, StoreUnavailable
 from cluster.jobs.model import JobState, LeaseLost
 from cluster.jobs.queue import JobQueue
 from cluster.objects.store import ObjectStore, StoreError
-from deployments.engine.media import FILE_TYPES, Media, save
+from deployments.engine.media import Media, save
 from deployments.loras.sources.lora_root import digest
+from deployments.spec.formats import FILE_TYPES
 from deployments.worker.run import Run, Stop, Stopped
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from cluster.failures import JobFailure
 from cluster.jobs.model import Claim, Phase, Progress
-from deployments.catalog.job_spec import RenderSpec
+from deployments.spec.job import RenderSpec
 
 STALL_LIMITS_S: Mapping[Phase, float] = {
     Phase.FETCH: 600.0,

@@ -13,8 +13,9 @@ from cluster.objects.store import ObjectStore, content_key
 from cluster.secrets import can_seal
 from deployments.catalog import CATALOG, ModelSpec
 from deployments.catalog.control_choices import Choice
-from deployments.catalog.job_spec import LoraSpec, PromptSpec, RenderSpec, bare
 from deployments.engine.media import ImageRejected, ImageTooLarge, decode_base64, decode_control
+from deployments.spec.job import LoraSpec, PromptSpec, RenderSpec, bare
+from deployments.spec.lora_reference import LoraReference
 from serve_app.admission.lora_rules import URL, check_loras
 from serve_app.admission.prompt_flags import FlagError, Flags, read_prompt
 from serve_app.admission.video_rules import check_video, frames_a_second
@@ -122,13 +123,15 @@ def check_format(format: str, model: ModelSpec) -> None:
 
 
 def _check_secrets(
-    request: InferenceRequest, choices: Sequence[Choice], model: ModelSpec, references: Sequence[str]
+    request: InferenceRequest,
+    choices: Sequence[Choice],
+    model: ModelSpec,
+    references: Sequence[LoraReference],
 ) -> None:
     """Refuse what would have to be stored in clear: a token, and the queries of URLs."""
-    images = [image for choice in choices for image in choice.images]
-    named = [*references, *(images if model.control_images.most else ())]
-    secret = request.hf_token or any(bare(text) != text for text in named)
-    if secret and not can_seal():
+    images = [image for choice in choices for image in choice.images] if model.control_images.most else []
+    queries = any(reference.query for reference in references) or any(bare(url) != url for url in images)
+    if (request.hf_token or queries) and not can_seal():
         raise Refusal(Code.SECRET_KEY_REQUIRED)
 
 
@@ -167,7 +170,7 @@ def _check_control_url(text: str, index: int, settings: Settings) -> str:
     return url.full
 
 
-def _resolve_lora(lora: LoraItem, reference: str) -> LoraSpec:
+def _resolve_lora(lora: LoraItem, reference: LoraReference) -> LoraSpec:
     multiplier = 1.0 if lora.network_multiplier is None else lora.network_multiplier
     return LoraSpec(path=reference, multiplier=multiplier, transformer=lora.transformer, sha256=lora.sha256)
 

@@ -11,7 +11,7 @@ from cluster.net.urls import parse_hosts
 from deployments.loras.format.inspection import Inspection, inspect, inspect_file
 from deployments.loras.sources.cache import LoraStore
 from deployments.loras.sources.lora_root import resolve
-from deployments.loras.sources.references import parse
+from deployments.spec.lora_reference import RootFile, parse
 from serve_app.admission.lora_rules import refused_lora
 from serve_app.settings import Settings
 
@@ -34,10 +34,10 @@ class Inspector:
         `token` is for the hub and wins over the server's own. Raises `Refusal`.
         """
         with refused_lora(reference):
-            remote = parse(reference)
-            if remote is None:
-                return inspect_file(resolve(self._settings.loras, reference))
-            return inspect(self._loras.peek(remote, token))
+            parsed = parse(reference)
+            if isinstance(parsed, RootFile):
+                return inspect_file(resolve(self._settings.loras, parsed.path))
+            return inspect(self._loras.peek(parsed, token))
 
     @cached_property
     def _loras(self) -> Loras:

@@ -14,8 +14,8 @@ from cluster.net.urls import parse_hosts
 from deployments.catalog import ModelSpec
 from deployments.loras.format.header import read_header
 from deployments.loras.format.modules import judge
-from deployments.loras.sources.lora_root import LoraReferenceError, resolve
-from deployments.loras.sources.references import check, parse
+from deployments.loras.sources.lora_root import resolve
+from deployments.spec.lora_reference import LoraReference, LoraReferenceError, RootFile, check, parse
 from serve_app.settings import Settings
 from serve_app.wire.refusals import Code, Refusal
 from serve_app.wire.requests import InferenceRequest
@@ -24,8 +24,8 @@ URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://")
 """What begins so is a URL, of whatever scheme."""
 
 
-def check_loras(request: InferenceRequest, model: ModelSpec, settings: Settings) -> list[str]:
-    """Return the reference of each LoRA in its one form. Raises `Refusal`."""
+def check_loras(request: InferenceRequest, model: ModelSpec, settings: Settings) -> list[LoraReference]:
+    """Return the parsed reference of each LoRA. Raises `Refusal`."""
     if not request.loras:
         raise _lora_refusal(Code.LORA_FILE_REQUIRED, request)
     experts = Counter(lora.transformer for lora in request.loras)
@@ -65,7 +65,7 @@ def _shown(path: str) -> str:
     return f"{url[0]}***" if url else path
 
 
-def _check_files(request: InferenceRequest, model: ModelSpec, settings: Settings) -> list[str]:
+def _check_files(request: InferenceRequest, model: ModelSpec, settings: Settings) -> list[LoraReference]:
     references, missing = [], []
     for lora in request.loras:
         try:
@@ -80,15 +80,15 @@ def _check_files(request: InferenceRequest, model: ModelSpec, settings: Settings
     return references
 
 
-def _check_file(path: str, settings: Settings) -> str:
-    remote = parse(path)
-    if remote is not None:
-        check(remote, parse_hosts(settings.fetch_hosts), settings.fetch_buckets)
-        return remote.text
-    file = resolve(settings.loras, path)
-    status = file.stat()
-    _check_header(file, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    return path
+def _check_file(path: str, settings: Settings) -> LoraReference:
+    reference = parse(path)
+    if isinstance(reference, RootFile):
+        file = resolve(settings.loras, path)
+        status = file.stat()
+        _check_header(file, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    else:
+        check(reference, parse_hosts(settings.fetch_hosts), settings.fetch_buckets)
+    return reference
 
 
 @lru_cache(maxsize=65_536)

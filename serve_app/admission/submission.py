@@ -12,7 +12,7 @@ from fastapi import Header
 
 from cluster.jobs.model import IdempotencyConflict, Job, NewJob
 from cluster.secrets import seal
-from deployments.catalog.job_spec import split_secrets
+from deployments.spec.job import split_secrets
 from serve_app.admission.admit import check, keep_images
 from serve_app.background.webhook_sender import admit_webhook
 from serve_app.gateway.shared import Parts

@@ -19,14 +19,14 @@ from cluster.net.urls import parse_hosts
 from cluster.objects.directory import DirectoryStore
 from cluster.objects.store import ObjectStore
 from deployments.catalog import CATALOG
-from deployments.catalog.job_spec import OutputFormat
 from deployments.engine.checkpoints import Checkpoints
 from deployments.engine.control_images import Controls
 from deployments.engine.engine import Engine
 from deployments.engine.job import Rendered, Report, Unwatched, render_job
-from deployments.engine.media import FILE_TYPES, save
+from deployments.engine.media import save
 from deployments.loras.sources.cache import LoraStore
 from deployments.loras.sources.loras import Loras
+from deployments.spec.formats import FILE_TYPES, OutputFormat
 from serve_app.admission.admit import admit, check_format
 from serve_app.settings import Settings
 from serve_app.wire.refusals import Refusal

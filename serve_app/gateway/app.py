@@ -16,8 +16,8 @@ from fastapi.responses import FileResponse
 from cluster.jobs.model import Job, JobState
 from cluster.secrets import can_seal
 from deployments.catalog import CATALOG
-from deployments.engine.media import FILE_TYPES
 from deployments.loras.format.inspection import Inspection
+from deployments.spec.formats import FILE_TYPES
 from serve_app.admission.submission import IdempotencyKey, check_key, submit
 from serve_app.background.job_changes import View
 from serve_app.background.webhook_sender import open_signer

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from cluster.jobs.model import Job, JobState, JobSummary, Phase
 from cluster.objects.store import ObjectStore
 from deployments.catalog import ModelSpec
-from deployments.catalog.job_spec import ImageFormat, VideoFormat
+from deployments.spec.formats import ImageFormat, VideoFormat
 
 
 def _time(seconds: float | None) -> datetime | None:

@@ -10,7 +10,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from deployments.catalog import CATALOG
-from deployments.catalog.job_spec import OutputFormat, Resolution, Sampling
+from deployments.spec.formats import OutputFormat
+from deployments.spec.job import Resolution, Sampling
 
 MAX_ITEMS = 1000
 """Longest `prompts` or `loras` list that is read at all; it bounds the work of reading a hostile body."""

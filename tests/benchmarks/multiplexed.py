@@ -15,9 +15,9 @@ from typing import Any
 import ray
 from ray import serve
 
-from deployments.catalog.job_spec import PromptSpec
 from deployments.engine.job import Unwatched
 from deployments.loras.sources.lora_root import LoraFile, open_lora
+from deployments.spec.job import PromptSpec
 from tests.benchmarks.slowed import RESIDENT, slow_engine
 
 

@@ -25,8 +25,8 @@ from rich.table import Table
 
 from cluster.jobs.model import JobState
 from cluster.jobs.queue import JobQueue
-from deployments.catalog.job_spec import PromptSpec
 from deployments.engine.tiny import write_tiny_checkpoints, write_tiny_lora
+from deployments.spec.job import PromptSpec
 from tests.benchmarks.multiplexed import Callers, multiplexed
 from tests.benchmarks.replicas import job_with, workers
 from tests.benchmarks.slowed import LOAD_S, slow_engine

@@ -13,8 +13,9 @@ from typing import TypeAlias
 from cluster.jobs.model import NewJob
 from cluster.jobs.queue import JobQueue
 from cluster.objects.directory import DirectoryStore
-from deployments.catalog.job_spec import LoraSpec, PromptSpec, RenderSpec
 from deployments.engine.engine import Engine
+from deployments.spec.job import LoraSpec, PromptSpec, RenderSpec
+from deployments.spec.lora_reference import parse
 from deployments.worker.claiming import ClaimLoop
 from deployments.worker.heartbeat import Heartbeat
 from serve_app.cli.render import open_sources
@@ -69,5 +70,5 @@ def workers(
 
 def job_with(lora: str, prompt: PromptSpec) -> NewJob:
     """Return a job of one prompt with one LoRA."""
-    spec = RenderSpec(model="flux", loras=(LoraSpec(path=lora),), prompts=(prompt,))
+    spec = RenderSpec(model="flux", loras=(LoraSpec(path=parse(lora)),), prompts=(prompt,))
     return NewJob(id=str(uuid.uuid4()), model="flux", spec=spec.model_dump(mode="json"), adapter=spec.adapter)

@@ -16,10 +16,10 @@ import torch
 
 from cluster.jobs.queue import JobQueue
 from deployments.catalog import CATALOG
-from deployments.catalog.job_spec import PromptSpec
 from deployments.engine.checkpoints import Checkpoints
 from deployments.engine.engine import Engine
 from deployments.engine.tiny import write_tiny_checkpoints, write_tiny_lora
+from deployments.spec.job import PromptSpec
 from tests.benchmarks.replicas import job_with, workers
 
 ROTATIONS = (1, 2, 8, 64)

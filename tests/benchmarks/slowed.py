@@ -11,7 +11,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from deployments.catalog import CATALOG
-from deployments.catalog.job_spec import PromptSpec
 from deployments.engine import engine as engines
 from deployments.engine.checkpoints import Checkpoints
 from deployments.engine.engine import Engine
@@ -20,6 +19,7 @@ from deployments.engine.progress import Observer
 from deployments.loras.adapters.conversion import Converter
 from deployments.loras.adapters.packed import Packed
 from deployments.loras.sources.lora_root import LoraFile
+from deployments.spec.job import PromptSpec
 
 RUN_S = 0.8
 """What a job takes: few steps of a distilled model."""

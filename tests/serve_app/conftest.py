@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 from cluster.jobs.model import Claim, Job, JobState
 from cluster.jobs.queue import JobQueue
 from cluster.objects.directory import DirectoryStore
-from deployments.catalog.job_spec import RenderSpec
+from deployments.spec.job import RenderSpec
 from serve_app.admission.admit import admit
 from serve_app.gateway.app import create_app
 from serve_app.settings import GatewayArgs, Settings

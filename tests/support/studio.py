@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from deployments.catalog.job_spec import PromptSpec
 from deployments.engine.engine import Engine
 from deployments.engine.job import Unwatched
 from deployments.loras.sources.lora_root import LoraFile, open_lora
+from deployments.spec.job import PromptSpec
 from tests.parity.cases import FOLDER
 
 

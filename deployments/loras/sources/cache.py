@@ -26,7 +26,8 @@ from cluster.durable import sync_directory
 from cluster.metrics import Meter
 from deployments.loras.sources.crash_suspects import Suspects
 from deployments.loras.sources.file_locks import locked
-from deployments.loras.sources.lora_root import SUFFIX, LoraFile
+from deployments.loras.sources.lora_root import LoraFile
+from deployments.spec.lora_reference import SUFFIX
 
 _WAIT_S = 0.05
 """Pause between two tries of a lock that another process holds."""

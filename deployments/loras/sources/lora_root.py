@@ -9,18 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 from urllib.parse import unquote
 
 from deployments.loras.format.peft_folder import CONFIG, WEIGHTS, config_beside
-
-SUFFIX = ".safetensors"
-
-
-class LoraReferenceError(Exception):
-    """A LoRA path that cannot be used; `code` is the stable code on the wire, the text a sentence."""
-
-    code: ClassVar[str]
+from deployments.spec.lora_reference import SUFFIX, LoraNotSafetensors, LoraReferenceError
 
 
 class LoraPathNotAllowed(LoraReferenceError):
@@ -33,12 +26,6 @@ class LoraNotFound(LoraReferenceError):
     """Nothing is at the path."""
 
     code = "LORA_NOT_FOUND"
-
-
-class LoraNotSafetensors(LoraReferenceError):
-    """The path is neither a regular `.safetensors` file nor a PEFT folder."""
-
-    code = "LORA_FORMAT_NOT_SUPPORTED"
 
 
 @dataclass(frozen=True, slots=True)

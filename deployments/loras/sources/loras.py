@@ -25,7 +25,6 @@ from cluster.net.fetcher import Fetched, Fetcher, fault_of
 from cluster.net.limits import FetchError, FetchFault, copy, too_large
 from cluster.net.urls import Url, parse_url
 from cluster.objects.s3 import new_client
-from deployments.catalog.job_spec import LoraSpec
 from deployments.loras.format.header import (
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
@@ -36,14 +35,16 @@ from deployments.loras.format.header import (
 )
 from deployments.loras.format.modules import judge
 from deployments.loras.sources.cache import Lease, LoraStore
-from deployments.loras.sources.lora_root import LoraFile, LoraReferenceError, open_lora
-from deployments.loras.sources.references import (
+from deployments.loras.sources.lora_root import LoraFile, open_lora
+from deployments.spec.job import LoraSpec
+from deployments.spec.lora_reference import (
     BucketFile,
     HubFile,
+    LoraReferenceError,
     RemoteFile,
+    RootFile,
     WebFile,
     check,
-    parse,
     unsigned,
 )
 
@@ -107,10 +108,13 @@ class Loras:
         `tick` is called while bytes come and may raise; `token` is for the hub and wins over the server's.
         Raises `JobFailure` with the code of what is wrong, and `retry` where it may be right another time.
         """
-        with _told():
-            remote = parse(lora.path)
-            lease = None if remote is None else self._obtain(remote, lora.sha256, tick, token)
-            file = lease.lora if lease else open_lora(self._root, lora.path)
+        lease = None
+        with _as_job_failure():
+            if isinstance(lora.path, RootFile):
+                file = open_lora(self._root, lora.path.path)
+            else:
+                lease = self._obtain(lora.path, lora.sha256, tick, token)
+                file = lease.lora
         try:
             _verify(file.sha256, lora.sha256)
             yield file
@@ -119,12 +123,8 @@ class Loras:
                 lease.close()
 
     def opens_offline(self, lora: LoraSpec) -> bool:
-        """Whether `open` has nobody to ask: the file is below the root, or here by its sha256."""
-        try:
-            remote = parse(lora.path)
-        except LoraReferenceError:
-            return True
-        if remote is None:
+        """Return whether opening needs no network: the file is below the root, or cached by its sha256."""
+        if isinstance(lora.path, RootFile):
             return True
         lease = self._store.find(lora.sha256) if lora.sha256 else None
         if lease:
@@ -133,7 +133,7 @@ class Loras:
 
     def peek(self, remote: RemoteFile, token: str | None = None) -> Header:
         """Return the header of a LoRA from elsewhere; its weights are not fetched. Raises as `open`."""
-        with _told():
+        with _as_job_failure():
             check(remote, self._fetcher.hosts, self._buckets)
             start, _ = self._read(remote, 0, LENGTH_BYTES, token)
             if start.lstrip().startswith(b"<") and int.from_bytes(start, "little") > MAX_HEADER_BYTES:
@@ -261,8 +261,8 @@ class Loras:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Raise what goes wrong with a reference as the `JobFailure` that tells of it."""
+def _as_job_failure() -> Iterator[None]:
+    """Raise what goes wrong with a reference as a `JobFailure`."""
     try:
         yield
     except LoraReferenceError as error:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from deployments.catalog import CATALOG
-from deployments.catalog.job_spec import ImageFormat
+from deployments.spec.formats import ImageFormat
 from serve_app.wire.requests import (
     MAX_ITEMS,
     InferenceRequest,

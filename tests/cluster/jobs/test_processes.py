@@ -72,7 +72,7 @@ def test_no_job_is_claimed_twice_and_none_is_lost(url: str) -> None:
     queue.close()
 
 
-def record_held(url: str, owner: str, claimed: Queue[str]) -> None:
+def hold(url: str, owner: str, claimed: Queue[str]) -> None:
     """Claim one job and renew it without an end."""
     queue = open_queue(url, lease_s=2.0)
     held = claim(queue, owner)

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from deployments.engine.media import FILE_TYPES, ImageRejected, Media, decode_base64, decode_control, save
+from deployments.engine.media import ImageRejected, Media, decode_base64, decode_control, save
+from deployments.spec.formats import FILE_TYPES
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deployments.catalog.job_spec import VideoFormat
 from deployments.engine.media import Media, save
 from deployments.engine.videos import Sound
+from deployments.spec.formats import VideoFormat
 from tests.support.videos import read_mp4, read_sound
 
 FPS = 12

@@ -28,11 +28,12 @@ from cluster.objects.directory import DirectoryStore
 from cluster.objects.store import StoreError
 from cluster.secrets import seal
 from deployments.catalog import CATALOG
-from deployments.catalog.job_spec import LoraSpec, PromptSpec, RenderSpec
 from deployments.engine.checkpoints import Checkpoints
 from deployments.engine.engine import Engine, Observer
 from deployments.engine.media import Media
 from deployments.engine.tiny import write_tiny_lora
+from deployments.spec.job import LoraSpec, PromptSpec, RenderSpec
+from deployments.spec.lora_reference import parse
 from deployments.worker import claiming, publish
 from deployments.worker.claiming import EXIT_POISONED, ClaimLoop
 from deployments.worker.heartbeat import EXIT_STALLED, Heartbeat
@@ -86,7 +87,7 @@ class Worker:
         format_ = fields.pop("output_format", "png")
         defaults = {"prompt": "a road", "neg": "", "width": 64, "height": 64, "steps": 2, "guidance": 4.0}
         prompts = tuple(PromptSpec(**{**defaults, **fields}, seed=seed) for seed in seeds)
-        loras = (LoraSpec(path=f"{lora}.safetensors"),)
+        loras = (LoraSpec(path=parse(f"{lora}.safetensors")),)
         spec = RenderSpec(model="flux", loras=loras, prompts=prompts, output_format=format_)
         job = NewJob(
             id=str(uuid.uuid4()),

@@ -22,11 +22,12 @@ from cluster.jobs.queue import JobQueue
 from cluster.net.fetcher import Fetcher
 from cluster.net.urls import parse_hosts
 from cluster.secrets import seal
-from deployments.catalog.job_spec import LoraSpec, PromptSpec, RenderSpec
 from deployments.engine.tiny import write_tiny_lora
 from deployments.loras.sources.cache import LoraStore
 from deployments.loras.sources.lora_root import LoraFile
 from deployments.loras.sources.loras import Loras
+from deployments.spec.job import LoraSpec, PromptSpec, RenderSpec
+from deployments.spec.lora_reference import parse
 from deployments.worker import prefetch
 from deployments.worker.prefetch import SLOTS, Arrival, Prefetcher
 from tests.support.service import wait_until
@@ -67,7 +68,7 @@ class Bench:
         return self.queue.peek_next("flux", "busy", warm=self.prefetcher.held, patience_s=0, without=coming)
 
     def job(self, *loras: LoraSpec | str) -> Job:
-        named = tuple(LoraSpec(path=lora) if isinstance(lora, str) else lora for lora in loras)
+        named = tuple(LoraSpec(path=parse(lora)) if isinstance(lora, str) else lora for lora in loras)
         spec = RenderSpec(model="flux", loras=named, prompts=(PROMPT,))
         new = NewJob(
             id=str(uuid.uuid4()), model="flux", spec=spec.model_dump(mode="json"), adapter=spec.adapter
@@ -130,7 +131,7 @@ def test_what_cannot_be_looked_at_is_claimed_to_fail(bench: Bench, monkeypatch: 
 
 
 def test_what_is_elsewhere_is_brought_first(bench: Bench) -> None:
-    lora = LoraSpec(path=bench.slow("/x.safetensors"), transformer="low")
+    lora = LoraSpec(path=parse(bench.slow("/x.safetensors")), transformer="low")
     job = bench.job(lora)
     assert [bench.offer(job) for _ in range(3)] == [Answer.BRING] * 3
     assert bench.prefetcher.held == {job.adapter}
@@ -147,17 +148,17 @@ def test_what_is_elsewhere_is_brought_first(bench: Bench) -> None:
 
 
 def test_one_that_names_a_hash_which_the_node_has_is_taken_at_once(bench: Bench) -> None:
-    first = LoraSpec(path=bench.site.file("/x.safetensors", bench.data))
+    first = LoraSpec(path=parse(bench.site.file("/x.safetensors", bench.data)))
     job = bench.job(first)
     bench.offer(job)
     sha256 = opened(bench.brought(job), first).sha256
     elsewhere = bench.site.url("/gone.safetensors")
-    assert bench.offer(bench.job(LoraSpec(path=elsewhere, sha256=sha256))) is Answer.TAKE
+    assert bench.offer(bench.job(LoraSpec(path=parse(elsewhere), sha256=sha256))) is Answer.TAKE
     assert bench.offer(bench.job(first)) is Answer.BRING, "another job has to ask with its own rights"
 
 
 def test_a_failure_is_kept_for_its_job(bench: Bench) -> None:
-    lora = LoraSpec(path=bench.site.url("/nowhere.safetensors"))
+    lora = LoraSpec(path=parse(bench.site.url("/nowhere.safetensors")))
     job = bench.job(lora)
     bench.offer(job)
     arrival = bench.brought(job)
@@ -176,20 +177,20 @@ def test_a_fault_of_our_own_costs_an_attempt_and_tells_no_secret(
         raise RuntimeError("in the middle of hf_5ecret5ecret5ecret")
 
     monkeypatch.setattr(bench.prefetcher, "_prepare", prepare)
-    lora = LoraSpec(path=bench.site.file("/x.safetensors", bench.data))
+    lora = LoraSpec(path=parse(bench.site.file("/x.safetensors", bench.data)))
     job, secret = bench.job(lora), seal({"queries": ["?signature=5ecret"], "hf_token": "hf_5ecret5ecret"})
     with caplog.at_level(logging.DEBUG):
         bench.offer(job, secret)
         arrival = bench.brought(job)
     with pytest.raises(JobFailure) as caught:
-        opened(arrival, LoraSpec(path=lora.path + "?signature=5ecret"))
+        opened(arrival, LoraSpec(path=lora.path.with_query("?signature=5ecret")))
     assert (caught.value.code, caught.value.retry) == (FailureCode.INTERNAL_ERROR, True)
     assert "5ecret" not in caplog.text
     assert any(path.endswith("?signature=5ecret") for _, path, _ in bench.site.requests)
 
 
 def test_what_ended_a_process_is_brought_but_not_prepared_ahead_of_its_job(bench: Bench) -> None:
-    lora = LoraSpec(path=bench.site.file("/x.safetensors", bench.data))
+    lora = LoraSpec(path=parse(bench.site.file("/x.safetensors", bench.data)))
     first, second = bench.job(lora), bench.job(lora)
     bench.offer(first)
     sha256 = opened(bench.brought(first), lora).sha256

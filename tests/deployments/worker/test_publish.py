@@ -16,8 +16,10 @@ import pytest
 from cluster.jobs.model import Job, JobState, NewJob, Phase
 from cluster.jobs.queue import JobQueue
 from cluster.objects.directory import DirectoryStore
-from deployments.catalog.job_spec import LoraSpec, OutputFormat, PromptSpec, RenderSpec
 from deployments.engine.media import Media
+from deployments.spec.formats import OutputFormat
+from deployments.spec.job import LoraSpec, PromptSpec, RenderSpec
+from deployments.spec.lora_reference import parse
 from deployments.worker import publish
 from deployments.worker.publish import Publisher
 from deployments.worker.run import STALL_LIMITS_S, Run, Stop, Stopped
@@ -40,7 +42,7 @@ class Desk:
         prompt = PromptSpec(
             prompt="a dog", neg="", width=48, height=32, steps=1, guidance=1.0, seed=7, num_frames=8, fps=12
         )
-        loras = (LoraSpec(path="a.safetensors"),)
+        loras = (LoraSpec(path=parse("a.safetensors")),)
         spec = RenderSpec(model="wan21_1b", loras=loras, prompts=(prompt,), output_format=format)
         self.queue.submit(
             [NewJob(id=str(uuid.uuid4()), model=spec.model, spec=spec.model_dump(mode="json"), adapter="a")]

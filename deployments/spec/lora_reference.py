@@ -1,18 +1,22 @@
-"""References to LoRAs elsewhere: web URLs, files on the Hugging Face hub, objects in S3.
+"""References to LoRAs: paths below the LoRA root, web URLs, files on the Hugging Face hub, objects in S3.
 
-Nothing here goes to the network: the gateway reads references with it. Imports no torch.
+A reference is parsed once, without network, and then travels parsed. Imports no torch.
 """
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Annotated, ClassVar, Self, TypeAlias
 from urllib.parse import unquote
 
+from pydantic import PlainSerializer, PlainValidator
+
 from cluster.net.urls import Url, UrlRefused, check_url, parse_url
-from deployments.loras.sources.lora_root import SUFFIX, LoraNotSafetensors, LoraReferenceError
+
+SUFFIX = ".safetensors"
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30})://(.*)", re.DOTALL)
 
@@ -36,6 +40,18 @@ _SIGNATURE = re.compile(
 """Parts of a query that sign it: of S3 and R2 (AWS's Signature 2 and 4), Google Cloud Storage, CloudFront."""
 
 
+class LoraReferenceError(Exception):
+    """A LoRA path that cannot be used; `code` is the stable code on the wire, the text a sentence."""
+
+    code: ClassVar[str]
+
+
+class LoraNotSafetensors(LoraReferenceError):
+    """The path is neither a regular `.safetensors` file nor a PEFT folder."""
+
+    code = "LORA_FORMAT_NOT_SUPPORTED"
+
+
 class UrlNotAllowed(LoraReferenceError):
     """A URL that this service does not fetch, whatever is there. The text repeats nothing of it."""
 
@@ -48,8 +64,45 @@ class LoraUrlIsDirectory(LoraReferenceError):
     code = "LORA_URL_IS_DIRECTORY"
 
 
+class _Reference(ABC):
+    """What all references have."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def text(self) -> str:
+        """The reference in its one form, secrets of a query included."""
+
+    @property
+    def query(self) -> str:
+        """The query of a URL with its "?", which may hold secrets; empty for everything else."""
+        return ""
+
+    @property
+    def public(self) -> str:
+        """The text without the query."""
+        return self.text
+
+    def with_query(self, query: str) -> Self:
+        """Return the reference with another query, as `query` has it; only URLs have one."""
+        return self
+
+
 @dataclass(frozen=True, slots=True)
-class WebFile:
+class RootFile(_Reference):
+    """A path as the client sent it; `lora_root.resolve` finds its file below the LoRA root, or refuses it."""
+
+    path: str
+
+    @property
+    def text(self) -> str:
+        """The path."""
+        return self.path
+
+
+@dataclass(frozen=True, slots=True)
+class WebFile(_Reference):
     """A file at an http(s) URL."""
 
     url: Url
@@ -59,9 +112,23 @@ class WebFile:
         """The reference in its one form, secrets of the query included."""
         return self.url.full
 
+    @property
+    def query(self) -> str:
+        """The query with its "?"; presigned URLs carry their signature there."""
+        return f"?{self.url.query}" if self.url.query else ""
+
+    @property
+    def public(self) -> str:
+        """The URL without its query."""
+        return str(self.url)
+
+    def with_query(self, query: str) -> WebFile:
+        """Return the same URL with another query."""
+        return WebFile(replace(self.url, query=query.removeprefix("?")))
+
 
 @dataclass(frozen=True, slots=True)
-class HubFile:
+class HubFile(_Reference):
     """A file in a model repository of the Hugging Face hub, at a branch, tag or commit."""
 
     repo: str
@@ -75,7 +142,7 @@ class HubFile:
 
 
 @dataclass(frozen=True, slots=True)
-class BucketFile:
+class BucketFile(_Reference):
     """An object in S3."""
 
     bucket: str
@@ -89,16 +156,18 @@ class BucketFile:
 
 RemoteFile: TypeAlias = WebFile | HubFile | BucketFile
 
+LoraReference: TypeAlias = RootFile | RemoteFile
 
-def parse(reference: str) -> RemoteFile | None:
-    """Read a reference; none for a path, which `references.resolve` judges.
+
+def parse(text: str) -> LoraReference:
+    """Read a reference; text without a scheme is a path below the LoRA root.
 
     Links to files on huggingface.co are read as `hf://` references. Raises `UrlNotAllowed`,
     `LoraUrlIsDirectory`, and `LoraNotSafetensors` where the name shows another kind of file.
     """
-    parts = _SCHEME.fullmatch(reference)
+    parts = _SCHEME.fullmatch(text)
     if parts is None:
-        return None
+        return RootFile(text)
     scheme, rest = parts[1].lower(), parts[2]
     if scheme == "hf":
         path, _, revision = rest.rpartition("@") if "@" in rest else (rest, "", "main")
@@ -107,7 +176,7 @@ def parse(reference: str) -> RemoteFile | None:
     if scheme == "s3":
         return _bucket_file(rest)
     try:
-        url = parse_url(reference)
+        url = parse_url(text)
     except UrlRefused as error:
         raise UrlNotAllowed(f"{error} LoRAs also come from hf:// and s3:// references.") from error
     if url.host in _HUB:
@@ -115,6 +184,21 @@ def parse(reference: str) -> RemoteFile | None:
     if _OTHER_KIND.fullmatch(url.path):
         raise _not_safetensors()
     return WebFile(url)
+
+
+def _read(value: str | LoraReference) -> LoraReference:
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse(value)
+    except LoraReferenceError as error:
+        raise ValueError(str(error)) from error
+
+
+StoredReference = Annotated[
+    LoraReference, PlainValidator(_read), PlainSerializer(lambda reference: reference.text, return_type=str)
+]
+"""A reference in a pydantic model: its text in JSON, parsed in memory."""
 
 
 def unsigned(file: RemoteFile) -> str:
@@ -125,7 +209,7 @@ def unsigned(file: RemoteFile) -> str:
     return replace(file.url, query="&".join(parts)).full
 
 
-def check(file: RemoteFile, hosts: Collection[str], buckets: Collection[str]) -> None:
+def check(file: LoraReference, hosts: Collection[str], buckets: Collection[str]) -> None:
     """Raise `UrlNotAllowed` for a host that shows to be private, or a bucket; unless it is listed."""
     if isinstance(file, BucketFile) and file.bucket not in buckets:
         raise UrlNotAllowed("This service does not read from that bucket.")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from deployments.loras.sources.lora_root import LoraNotSafetensors
-from deployments.loras.sources.references import (
+from deployments.spec.lora_reference import (
     BucketFile,
     HubFile,
+    LoraNotSafetensors,
     LoraUrlIsDirectory,
+    RootFile,
     UrlNotAllowed,
     WebFile,
     check,
@@ -18,7 +19,7 @@ from deployments.loras.sources.references import (
 
 @pytest.mark.parametrize("path", ["a.safetensors", "hf/a.safetensors", "a:b", "http:/a", "://a", "c:\\a", ""])
 def test_paths(path: str) -> None:
-    assert parse(path) is None
+    assert parse(path) == RootFile(path)
 
 
 HUB = HubFile("org/repo", "a/b c.safetensors", "main")
