@@ -12,7 +12,7 @@ from ray.serve import Application
 
 from cluster.databases.database import jobs_url
 from cluster.telemetry import configure_logging
-from deployments.worker.replica import Worker, WorkerConfig
+from deployments.worker.replica import Worker
 from serve_app.deployment_options import GATEWAY_OPTIONS, worker_options
 from serve_app.settings import GatewayArgs, ModelsArgs, Settings
 
@@ -72,34 +72,12 @@ def models(args: ModelsArgs) -> Application:
     """
     _refuse_several_nodes(args)
     device = _device(args.device)
-    config = WorkerConfig(
-        jobs=args.jobs,
-        outputs=args.outputs,
-        loras=args.loras,
-        lora_cache=args.lora_cache,
-        lora_cache_bytes=args.lora_cache_bytes,
-        max_lora_bytes=args.max_lora_bytes,
-        max_image_pixels=args.max_image_pixels,
-        fetch_hosts=args.fetch_hosts,
-        fetch_buckets=args.fetch_buckets,
-        checkpoints=args.checkpoints,
-        model_cache=args.model_cache,
-        device=device,
-        offload=args.offload,
-        vae_tiling=args.vae_tiling,
-        inference_timeout_s=args.inference_timeout_s,
-        lease_s=args.lease_s,
-        adapter_bytes=args.adapter_bytes,
-        host_adapter_bytes=args.host_adapter_bytes,
-        fuse_after=args.fuse_after,
-        compile=args.compile,
-        compile_cache=args.compile_cache,
-    )
+    settings = args.model_copy(update={"device": device})
     actor: dict[str, Any] = {"num_gpus": 1, "num_cpus": 1} if device == "cuda" else {"num_cpus": WORKER_CPU}
     worker: Any = serve.deployment(Worker)
     workers = [
         worker.options(name=model, ray_actor_options=actor, **worker_options(model, args.jobs)).bind(
-            model, config
+            model, settings
         )
         for model in args.models
     ]

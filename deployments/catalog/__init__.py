@@ -1,4 +1,4 @@
-"""One frozen row per model id, a module per family. Imports no torch."""
+"""The model catalogue: one frozen row per model id, one module per family. Imports no torch."""
 
 from __future__ import annotations
 
@@ -60,4 +60,4 @@ _FAMILIES = (
 CATALOG: Mapping[str, ModelSpec] = MappingProxyType(
     {row.id: row for family in _FAMILIES for row in family.ROWS}
 )
-"""Every model id that this service serves, in the order of the catalogue."""
+"""All models of this service by id, in catalogue order."""

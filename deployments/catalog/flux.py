@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from deployments.catalog.control_choices import first
+from deployments.catalog.lazy import LazyModule
 from deployments.catalog.model_spec import Checkpoint, ControlImages, ModelSpec, Preview
 from deployments.catalog.schedules import FLUX_SCHEDULE
+
+if TYPE_CHECKING:
+    from deployments.pipelines import flux
+else:
+    flux = LazyModule("deployments.pipelines.flux")
 
 ROWS = (
     ModelSpec(
@@ -31,7 +39,7 @@ ROWS = (
         divisor=16,
         negative_prompt=False,
         control_images=ControlImages(least=1, most=1),
-        arguments="edit_arguments",
+        arguments=flux.edit_arguments,
         memory_gib={"transformer": 22.2, "text_encoder_2": 8.9, "text_encoder": 0.2, "vae": 0.16},
         licence="FLUX.1 [dev] Non-Commercial",
         preview=Preview(
@@ -61,7 +69,7 @@ ROWS = (
         pipeline="FluxPipeline",
         checkpoint=Checkpoint(repo="ostris/Flex.2-preview"),
         scheduler=FLUX_SCHEDULE,
-        adjust="feed_flex2",
+        adjust=flux.feed_flex2,
         steps=25,
         guidance=4.0,
         divisor=32,

@@ -5,26 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deployments.catalog.control_choices import main_in_front
+from deployments.catalog.lazy import LazyModule
 from deployments.catalog.model_spec import Checkpoint, ControlImages, ModelSpec, Part, Preview
+
+if TYPE_CHECKING:
+    from deployments.pipelines import flux2
+else:
+    flux2 = LazyModule("deployments.pipelines.flux2")
 
 FLOW_UNSHIFTED: tuple[str, Mapping[str, Any]] = (
     "FlowMatchEulerDiscreteScheduler",
     MappingProxyType({"num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False}),
 )
-"""Takes the sigmas that it is given as they are."""
+"""Uses the given sigmas unchanged."""
 
 FLUX2_DEV = Checkpoint(repo="black-forest-labs/FLUX.2-dev", gated=True)
 
 MISTRAL_3_1 = Checkpoint(repo="mistralai/Mistral-Small-3.1-24B-Instruct-2503", gated=True)
-"""FLUX.2 [dev]'s text encoder as the trainer has it; the repository's own weights are those of 3.2."""
+"""The trainer's text encoder for FLUX.2 [dev]; the weights in the model's own repository are version 3.2."""
 
 FLUX2_REFERENCES = ControlImages(most=3, least_side=64, most_aspect=8)
 
 MAIN_IN_FRONT = Preview(
-    differs="`ctrl_img` takes the place of `ctrl_img_1`; the other numbered control images follow it.",
+    differs="`ctrl_img` replaces `ctrl_img_1`; the other numbered control images follow it.",
     fields={"control_images": replace(FLUX2_REFERENCES, choose=main_in_front)},
 )
 
@@ -38,12 +44,12 @@ FLUX2 = ModelSpec(
         "text_encoder": Part(
             class_name="transformers.Mistral3ForConditionalGeneration", checkpoint=MISTRAL_3_1
         ),
-        # A processor would ask for torchvision, and no picture goes through it.
+        # Only the tokenizer: a processor would require torchvision and never see a picture.
         "tokenizer": Part(class_name="transformers.AutoTokenizer", checkpoint=MISTRAL_3_1),
     },
     scheduler=FLOW_UNSHIFTED,
-    adjust="adjust_dev",
-    arguments="dev_arguments",
+    adjust=flux2.adjust_dev,
+    arguments=flux2.dev_arguments,
     steps=25,
     guidance=4.0,
     divisor=16,
@@ -62,10 +68,10 @@ ROWS = (
         pipeline="Flux2KleinPipeline",
         checkpoint=Checkpoint(repo="black-forest-labs/FLUX.2-klein-base-4B"),
         scheduler=FLOW_UNSHIFTED,
-        # With a distilled model diffusers would silently leave out guidance.
+        # If this were true, diffusers would silently skip guidance.
         load_options={"is_distilled": False},
-        adjust="round_references",
-        arguments="klein_arguments",
+        adjust=flux2.round_references,
+        arguments=flux2.klein_arguments,
         steps=25,
         guidance=4.0,
         divisor=16,
@@ -82,8 +88,8 @@ ROWS = (
         checkpoint=Checkpoint(repo="black-forest-labs/FLUX.2-klein-base-9B", gated=True),
         scheduler=FLOW_UNSHIFTED,
         load_options={"is_distilled": False},
-        adjust="round_references",
-        arguments="klein_arguments",
+        adjust=flux2.round_references,
+        arguments=flux2.klein_arguments,
         steps=25,
         guidance=4.0,
         divisor=16,
@@ -104,7 +110,7 @@ ROWS = (
                 class_name="transformers.AutoTokenizer", checkpoint=FLUX2_DEV, folder="tokenizer"
             ),
         },
-        adjust="complete_tokenizer",
+        adjust=flux2.complete_tokenizer,
         steps=25,
         guidance=4.0,
         divisor=32,
@@ -112,7 +118,7 @@ ROWS = (
         memory_gib={"transformer": 60.0, "text_encoder": 44.7, "vae": 0.16},
         licence="FLUX Non-Commercial",
         preview=Preview(
-            differs="It is that of flux2 in everything, and flux2 renders it: the trainer knows no other.",
+            differs="It is `flux2`'s preview, and `flux2` renders it: the trainer has no other FLUX.2 [dev].",
             fields={field.name: getattr(FLUX2.sampled("preview"), field.name) for field in fields(FLUX2)},
         ),
     ),

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from deployments.catalog.control_choices import first
+from deployments.catalog.lazy import LazyModule
 from deployments.catalog.model_spec import Checkpoint, ControlImages, ModelSpec, Part, Preview
+
+if TYPE_CHECKING:
+    from deployments.pipelines import hidream, hidream_e1, hidream_o1
+else:
+    hidream = LazyModule("deployments.pipelines.hidream")
+    hidream_e1 = LazyModule("deployments.pipelines.hidream_e1")
+    hidream_o1 = LazyModule("deployments.pipelines.hidream_o1")
 
 LLAMA = Checkpoint(repo="unsloth/Meta-Llama-3.1-8B-Instruct")
 
@@ -39,7 +48,7 @@ ROWS = (
         pipeline="HiDreamImagePipeline",
         checkpoint=Checkpoint(repo="HiDream-ai/HiDream-I1-Full"),
         parts=LLAMA_PARTS,
-        adjust="complete",
+        adjust=hidream.complete,
         call_options={"max_sequence_length": 128},
         steps=50,
         guidance=5.0,
@@ -48,20 +57,20 @@ ROWS = (
         memory_gib=HIDREAM_GIB,
         licence="MIT",
         preview=Preview(
-            differs="Sizes are multiples of 8 before they are scaled to one megapixel; in bfloat16, Llama's"
+            differs="Sizes are multiples of 8 before they are scaled to one megapixel. In bfloat16, Llama's"
             " rotary frequencies are rounded.",
-            fields={"divisor": 8, "during": "rounded_frequencies", "products_in_file_dtype": False},
+            fields={"divisor": 8, "during": hidream.rounded_frequencies, "products_in_file_dtype": False},
         ),
     ),
     ModelSpec(
         id="hidream_e1",
         family="hidream",
         title="HiDream-E1 Full",
-        pipeline="deployments.pipelines.hidream_e1.HiDreamEditPipeline",
+        pipeline=hidream_e1.HiDreamEditPipeline,
         checkpoint=Checkpoint(repo="HiDream-ai/HiDream-E1-Full"),
         parts=LLAMA_PARTS,
-        adjust="complete_edit",
-        arguments="edit_arguments",
+        adjust=hidream.complete_edit,
+        arguments=hidream.edit_arguments,
         call_options={"max_sequence_length": 128, "image_guidance_scale": 4.0},
         control_images=ControlImages(least=1, most=1),
         steps=28,
@@ -71,13 +80,13 @@ ROWS = (
         memory_gib=HIDREAM_GIB,
         licence="MIT",
         preview=Preview(
-            differs="Image guidance is 2; the control image is resized to multiples of 8, then of 16; in"
-            " bfloat16, Llama's rotary frequencies are rounded.",
+            differs="Image guidance is 2. The control image is resized to multiples of 8, then to multiples"
+            " of 16. In bfloat16, Llama's rotary frequencies are rounded.",
             fields={
                 "divisor": 8,
                 "call_options": {"max_sequence_length": 128, "image_guidance_scale": 2.0},
                 "control_images": ControlImages(least=1, most=1, choose=first),
-                "during": "rounded_frequencies",
+                "during": hidream.rounded_frequencies,
                 "products_in_file_dtype": False,
             },
         ),
@@ -86,12 +95,10 @@ ROWS = (
         id="hidream_o1",
         family="hidream",
         title="HiDream-O1-Image",
-        pipeline="deployments.pipelines.hidream_o1.HiDreamO1Pipeline",
+        pipeline=hidream_o1.HiDreamO1Pipeline,
         checkpoint=O1,
         parts={
-            "transformer": Part(
-                class_name="deployments.pipelines.hidream_o1.PixelTransformer", checkpoint=O1
-            ),
+            "transformer": Part(class_name=hidream_o1.PixelTransformer, checkpoint=O1),
             "tokenizer": Part(class_name="transformers.Qwen2Tokenizer", checkpoint=O1),
         },
         assembled=True,

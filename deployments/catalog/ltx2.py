@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deployments.catalog.control_choices import only_one
+from deployments.catalog.lazy import LazyModule
 from deployments.catalog.model_spec import (
     Checkpoint,
     ControlImages,
@@ -16,6 +17,12 @@ from deployments.catalog.model_spec import (
     Preview,
     Video,
 )
+
+if TYPE_CHECKING:
+    from deployments.pipelines import ltx2, ltx2_high
+else:
+    ltx2 = LazyModule("deployments.pipelines.ltx2")
+    ltx2_high = LazyModule("deployments.pipelines.ltx2_high")
 
 _GUIDED_BY_TEXT: Mapping[str, Any] = MappingProxyType(
     {
@@ -30,7 +37,7 @@ _GUIDED_BY_TEXT: Mapping[str, Any] = MappingProxyType(
         "use_cross_timestep": False,
     }
 )
-"""No guidance but the request's own, of the sound as of the picture; diffusers has more by default."""
+"""Only the request's own guidance, for sound and picture alike; diffusers adds more by default."""
 
 _TRAINER_S_GUIDANCE: Mapping[str, Any] = MappingProxyType(
     {
@@ -47,12 +54,12 @@ _TRAINER_S_GUIDANCE: Mapping[str, Any] = MappingProxyType(
 )
 
 _PREVIEW: Mapping[str, Any] = MappingProxyType(
-    {"arguments": "preview_arguments", "during": "reversed_text", "high": None}
+    {"arguments": ltx2.preview_arguments, "during": ltx2.reversed_text, "high": None}
 )
 _PREVIEW_DIFFERS = (
-    "The text is seen in reverse order, as the trainer's version of diffusers has it; `fps` reaches the file"
-    " only: motion and sound are those of 24 frames a second, and the sound is as long as the frames that"
-    " come out."
+    "The text tokens are in reverse order, as in the trainer's version of diffusers. `fps` changes only the"
+    " file: motion and sound are made for 24 frames per second, and the sound is as long as the rendered"
+    " frames."
 )
 
 _GEMMA_GIB = 22.7
@@ -68,8 +75,8 @@ ROWS = (
             repo="Lightricks/LTX-2",
             without=("text_encoder/diffusion_pytorch_model*",),
         ),
-        adjust="keep_the_shift",
-        arguments="arguments",
+        adjust=ltx2.keep_the_shift,
+        arguments=ltx2.arguments,
         call_options=_GUIDED_BY_TEXT,
         control_images=ControlImages(most=1, choose=only_one),
         video=Video(fps=24, step=8, sound_rate=24_000, formats=("mp4",)),
@@ -95,11 +102,11 @@ ROWS = (
         pipeline="LTX2Pipeline",
         image_pipeline="LTX2ImageToVideoPipeline",
         checkpoint=Checkpoint(repo="dg845/LTX-2.3-Diffusers"),
-        adjust="keep_the_shift",
-        arguments="arguments",
+        adjust=ltx2.keep_the_shift,
+        arguments=ltx2.arguments,
         call_options=_GUIDED_BY_TEXT,
         high=HighResolution(
-            render="ltx2_high.render_high",
+            render=ltx2_high.render_high,
             upsampler=Part(
                 class_name="diffusers.pipelines.ltx2.LTX2LatentUpsamplerModel",
                 checkpoint=Checkpoint(repo="dg845/LTX-2.3-Spatial-Upsampler-Diffusers"),
@@ -124,7 +131,7 @@ ROWS = (
         activations_gib=6.0,
         licence="ltx-2-community-license",
         preview=Preview(
-            differs=_PREVIEW_DIFFERS + " Guidance has three more terms, on at any `guidance_scale`.",
+            differs=_PREVIEW_DIFFERS + " Guidance has three more terms, active at any `guidance_scale`.",
             fields={**_PREVIEW, "call_options": _TRAINER_S_GUIDANCE},
         ),
     ),

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from deployments.catalog.lazy import LazyModule
 from deployments.catalog.model_spec import Checkpoint, ModelSpec, Preview
+
+if TYPE_CHECKING:
+    from deployments.pipelines import lumina2
+else:
+    lumina2 = LazyModule("deployments.pipelines.lumina2")
 
 FLOW_SHIFT_6: tuple[str, Mapping[str, Any]] = (
     "FlowMatchEulerDiscreteScheduler",
     MappingProxyType({"num_train_timesteps": 1000, "shift": 6.0, "use_dynamic_shifting": False}),
 )
-"""Lumina 2's schedule, whatever the repository says."""
+"""Lumina 2's schedule; the repository's own is ignored."""
 
 FLOW_SHIFT_1: tuple[str, Mapping[str, Any]] = (
     FLOW_SHIFT_6[0],
     MappingProxyType({**FLOW_SHIFT_6[1], "shift": 1.0}),
 )
-"""What previews are sampled with: the trainer's scheduler loses the shift that its config names."""
+"""The schedule of previews: the trainer's scheduler ignores the shift in its config."""
 
 ROWS = (
     ModelSpec(
@@ -35,9 +41,9 @@ ROWS = (
         memory_gib={"transformer": 4.9, "text_encoder": 4.9, "vae": 0.16},
         licence="Apache-2.0",
         preview=Preview(
-            differs="The schedule's shift is 1, not 6; the negative prompt is encoded with the system prompt;"
-            " sizes are multiples of 16.",
-            fields={"divisor": 16, "scheduler": FLOW_SHIFT_1, "arguments": "preview_arguments"},
+            differs="The schedule's shift is 1 instead of 6. The negative prompt is encoded with the system"
+            " prompt. Sizes are multiples of 16.",
+            fields={"divisor": 16, "scheduler": FLOW_SHIFT_1, "arguments": lumina2.preview_arguments},
         ),
     ),
 )

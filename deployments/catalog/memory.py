@@ -1,4 +1,4 @@
-"""What fits on a GPU, and how: arithmetic on the sizes in the catalogue. Imports no torch."""
+"""GPU memory that models need, computed from the sizes in the catalogue. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from deployments.catalog import ModelSpec
 
 CONTEXT_GIB = 1.0
-"""What CUDA and its libraries take for themselves, about."""
+"""Approximate memory for CUDA and its libraries."""
 
 LAYERS_GIB = 2.0
-"""Room for the layers that are on the device when parts are streamed: at most two, embeddings among them."""
+"""Room for streamed layers: at most two are on the device at a time, embeddings included."""
 
 
 def needed_gib(spec: ModelSpec) -> Mapping[str, float]:
     """Return the GiB of device memory that each offload mode needs, fastest mode first.
 
-    Parts in bfloat16 at the model's default size, with no adapters: one of rank 16 takes 20 to 300 MiB more.
+    For parts in bfloat16 and the model's default size, without adapters: one of rank 16 needs 20 to 300 MiB.
     """
     room = CONTEXT_GIB + spec.activations_gib
     return {
@@ -31,10 +31,10 @@ def needed_gib(spec: ModelSpec) -> Mapping[str, float]:
 
 
 def fastest_offload(spec: ModelSpec, gpu_gib: float) -> str | None:
-    """Return the fastest offload mode that a GPU with this much memory has room for, or None."""
+    """Return the fastest offload mode that fits on a GPU with this much memory, or None."""
     return next((mode for mode, gib in needed_gib(spec).items() if gib <= gpu_gib), None)
 
 
 def encodes_text(part: str) -> bool:
-    """Whether the part of this name reads the prompt, and then waits until the next one."""
+    """Return whether this part only encodes the prompt, and is idle until the next one."""
     return part.startswith("text_encoder") or part == "mllm"

@@ -1,22 +1,37 @@
-"""What a row of the catalogue holds: everything about a model that is data."""
+"""The catalogue's row type: everything about a model that is data."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from deployments.catalog.control_choices import Choose, numbered_else_main
 from deployments.spec.formats import ImageFormat, OutputFormat
 from deployments.spec.job import Sampling
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from deployments.spec.job import PromptSpec
+
+Adjust: TypeAlias = Callable[[Any], None]
+"""Changes a freshly loaded pipeline."""
+
+Arguments: TypeAlias = "Callable[[Any, PromptSpec, Sequence[Image.Image]], dict[str, Any]]"
+"""Returns extra arguments for the pipeline's call, from the pipeline, the prompt and its control images."""
+
+During: TypeAlias = Callable[[Any, dict[str, Any]], AbstractContextManager[None]]
+"""A context manager around the pipeline's call. It gets the pipeline and the call's arguments."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A repository in diffusers layout; `variant` names the file variant that the reference loads.
+    """A repository in diffusers layout; `variant` is the file variant that the reference server loads.
 
-    `without` are patterns of files that are not fetched: some repositories hold the same weights twice.
+    Files that match a pattern in `without` are not fetched: some repositories hold the same weights twice.
     """
 
     repo: str
@@ -28,19 +43,22 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A component loaded apart from the others: its class by its dotted name, its folder ("" is the top)."""
+    """A component that is loaded separately, from a folder of its checkpoint ("" is the top).
 
-    class_name: str
+    `class_name` is one of our classes, or the dotted name of a library's class.
+    """
+
+    class_name: str | type[Any]
     checkpoint: Checkpoint
     folder: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlImages:
-    """How many control images a prompt takes, and of what shape.
+    """How many control images a prompt takes, and in which shapes.
 
-    With `most` 0, images sent are ignored, with a warning. `least_side` is in pixels; the longer side is at
-    most `most_aspect` times the shorter. `choose` says which of those sent it takes.
+    If `most` is 0, images in a request are ignored, with a warning. `least_side` is in pixels. The longer
+    side is at most `most_aspect` times the shorter. `choose` picks the images to use from the request's.
     """
 
     least: int = 0
@@ -50,20 +68,20 @@ class ControlImages:
     choose: Choose = numbered_else_main
 
     def take(self, size: tuple[int, int]) -> bool:
-        """Whether an image of this size in pixels has a shape that the model takes."""
+        """Return whether the model accepts an image of this size in pixels."""
         short, long = sorted(size)
         return short >= self.least_side and (self.most_aspect is None or long <= short * self.most_aspect)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Video:
-    """What a model that makes videos makes by default, and the numbers of frames that it can make.
+    """A video model's defaults, and the numbers of frames that it can render.
 
-    They are `least` and each `step` more; a request for another number gets the next lower one, but with
-    `multiples_go_up` one for a multiple of `step` gets `least` frames more. Requests for less than `fewest`
-    are refused; where a single frame is not, one for it gets it. `other_fps` says what becomes of one for a
-    rate that is not `fps`. `sound_rate` is in samples a second where it makes sound too. `formats` begin with
-    the default.
+    It can render `least` frames plus any multiple of `step`. Other numbers are rounded down, except that
+    with `multiples_go_up` a multiple of `step` gets `least` frames more. Requests for fewer than `fewest`
+    frames are refused; if `fewest` is 1, a request for one frame gets one frame. `other_fps` says how to
+    handle a request with another rate than `fps`. `sound_rate` is in samples per second, None without sound.
+    The first of `formats` is the default.
     """
 
     frames: int = 41
@@ -86,13 +104,13 @@ class Video:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HighResolution:
-    """What `"resolution": "High"` needs beside the model; it is fetched for the first such request.
+    """What `"resolution": "High"` needs besides the model. The first such request downloads it.
 
-    `render` names a function in `pipelines`, by its dotted name there. It gets the `upsampler` and makes the
-    `lora`, a repository of one file, active with its `multiplier` when it refines.
+    `render` is a function in `deployments.pipelines`. It gets the `upsampler`, and for the refinement
+    activates `lora`, a repository with one file, with `multiplier`.
     """
 
-    render: str
+    render: Callable[..., Any]
     upsampler: Part
     lora: Checkpoint
     multiplier: float
@@ -100,9 +118,9 @@ class HighResolution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preview:
-    """How the trainer's own sample pictures differ: in a sentence, and as other values of the row's fields.
+    """How the trainer's own sample pictures differ: in words, and as other values for the row's fields.
 
-    Fields that only the loading of a pipeline reads cannot differ, unless `fields` are another id's row.
+    Fields that are only read when a pipeline is loaded cannot differ, unless `fields` is another id's row.
     """
 
     differs: str
@@ -111,31 +129,31 @@ class Preview:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """One model id; it makes videos where it has a `video`, else pictures.
+    """One model id. It makes videos if it has a `video`, otherwise pictures.
 
-    `pipeline` and the scheduler's class are diffusers class names, `pipeline` one of ours with its module in
-    front; `scheduler` replaces the repository's own.
-    `image_pipeline` takes the place of `pipeline`, over the same components, for prompts with control images.
-    `parts` are components from other repositories, or of classes of ours; a model that is `assembled` has no
-    other components. `experts` are the components of the two transformers by their names in requests, if
-    there are two.
-    Defaults are the reference server's: sizes in pixels, floored to `divisor` in requests.
-    `guidance_argument` is what the pipeline's call names guidance; the negative prompt is passed where the
-    call has one. `call_options` are passed to every call. `adjust`, `arguments` and `during` name functions
-    of the family's module in `pipelines`, or of another one there by its dotted name: the first changes the
-    loaded pipeline, the second adds arguments to its call, the third is a context manager around the call.
-    `high` is there if the model has a high resolution, of twice the size asked for.
-    `options` are the switches of requests that the model has, by the names of their fields, with defaults.
+    `pipeline` is a diffusers class name or one of our classes. `scheduler` replaces the repository's own; its
+    class is a diffusers class name.
+    For prompts with control images, `image_pipeline` replaces `pipeline`, with the same components.
+    `parts` are components from other repositories, or of our own classes; a model that is `assembled` has no
+    other components. If there are two transformers, `experts` maps their names in requests to components.
+    Defaults are the reference server's. Sizes are in pixels; requested ones are rounded down to a multiple
+    of `divisor`.
+    `guidance_argument` is the name of guidance in the pipeline's call; the negative prompt is passed if the
+    call takes one. `call_options` are passed to every call. `adjust`, `arguments` and `during` are functions
+    in `deployments.pipelines`, named through `lazy`: the first changes the loaded pipeline, the second adds
+    arguments to its call, the third is a context manager around the call.
+    `high` is set if the model has a high resolution, of twice the requested size.
+    `options` are the model's switches in requests: names of fields, with defaults.
     With `products_in_file_dtype` the product of a LoRA's matrices is rounded to the dtype of its file.
-    `memory_gib` is the size of each part in bfloat16, `activations_gib` about what a prompt of the
-    default size needs beside them. `licence` is the SPDX name or the licence's own.
-    `preview` is there unless the trainer's previews differ by nothing but the rules for its prompts.
+    `memory_gib` is the size of each part in bfloat16. `activations_gib` is about what a prompt of the default
+    size needs in addition. `licence` is the SPDX name or the licence's own name.
+    `preview` is None if the trainer's previews differ only in the rules for its prompts.
     """
 
     id: str
     family: str
     title: str
-    pipeline: str
+    pipeline: str | type[Any]
     checkpoint: Checkpoint
     steps: int
     guidance: float
@@ -153,10 +171,10 @@ class ModelSpec:
     negative_prompt: bool = True
     control_images: ControlImages = ControlImages()
     options: Mapping[str, bool] = field(default_factory=lambda: MappingProxyType({}))
-    adjust: str | None = None
-    arguments: str | None = None
+    adjust: Adjust | None = None
+    arguments: Arguments | None = None
     products_in_file_dtype: bool = False
-    during: str | None = None
+    during: During | None = None
     high: HighResolution | None = None
     memory_gib: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     activations_gib: float = 4.0
@@ -166,9 +184,9 @@ class ModelSpec:
 
     @property
     def formats(self) -> tuple[OutputFormat, ...]:
-        """The file formats that it can be asked for, its default first."""
+        """The file formats that a request can ask for, the default first."""
         return self.video.formats if self.video else get_args(ImageFormat)
 
     def sampled(self, sampling: Sampling) -> ModelSpec:
-        """Return the row that holds for a request's `sampling`; for a preview it may be another id's."""
+        """Return the row to use for a request's `sampling`; for a preview it can be another id's row."""
         return replace(self, **self.preview.fields) if self.preview and sampling == "preview" else self

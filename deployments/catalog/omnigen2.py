@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from deployments.catalog.control_choices import main_only
+from deployments.catalog.lazy import LazyModule
 from deployments.catalog.model_spec import Checkpoint, ControlImages, ModelSpec, Preview
+
+if TYPE_CHECKING:
+    from deployments.pipelines import omnigen2
+else:
+    omnigen2 = LazyModule("deployments.pipelines.omnigen2")
 
 ROWS = (
     ModelSpec(
         id="omnigen2",
         family="omnigen2",
         title="OmniGen2",
-        pipeline="deployments.pipelines.omnigen2.OmniGen2Pipeline",
+        pipeline=omnigen2.OmniGen2Pipeline,
         checkpoint=Checkpoint(repo="OmniGen2/OmniGen2"),
-        arguments="reference_arguments",
-        # The reference server merges LoRAs by hand.
+        arguments=omnigen2.reference_arguments,
+        # The reference server merges LoRAs itself, in the dtype of the file.
         products_in_file_dtype=True,
-        # Of longer ones nothing would be left: their long side becomes 1024, their short one less than 16.
+        # Longer images would vanish: with the long side scaled to 1024, the short side is below 16.
         control_images=ControlImages(most=3, least_side=16, most_aspect=63),
         steps=25,
         guidance=4.0,
@@ -23,12 +31,12 @@ ROWS = (
         memory_gib={"transformer": 7.4, "mllm": 5.8, "vae": 0.16},
         licence="Apache-2.0",
         preview=Preview(
-            differs="The empty negative prompt is put in the template twice, as all texts are; of the control"
-            " images `ctrl_img` alone is seen, stretched to the output; sizes are multiples of 8; LoRAs are"
-            " not rounded to the dtype of their file.",
+            differs="An empty negative prompt goes through the chat template twice, as all texts do. Only"
+            " `ctrl_img` is used of the control images, stretched to the output size. Sizes are multiples of"
+            " 8. LoRAs are not rounded to the dtype of their file.",
             fields={
                 "divisor": 8,
-                "arguments": "reference_preview_arguments",
+                "arguments": omnigen2.reference_preview_arguments,
                 "products_in_file_dtype": False,
                 "control_images": ControlImages(most=1, choose=main_only),
             },

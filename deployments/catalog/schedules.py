@@ -20,4 +20,4 @@ FLUX_SCHEDULE: tuple[str, Mapping[str, Any]] = (
         }
     ),
 )
-"""FLUX.1's schedule, shifted by the picture's size: the trainer samples each model of this kind with it."""
+"""FLUX.1's schedule, with a shift by the picture's size; the trainer uses it for all models of this kind."""

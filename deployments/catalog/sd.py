@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from deployments.catalog.lazy import LazyModule
 from deployments.catalog.model_spec import Checkpoint, ModelSpec, Preview
+
+if TYPE_CHECKING:
+    from deployments.pipelines import sd
+else:
+    sd = LazyModule("deployments.pipelines.sd")
 
 TRAINER_DDPM: tuple[str, Mapping[str, Any]] = (
     "DDPMScheduler",
@@ -23,7 +29,7 @@ TRAINER_DDPM: tuple[str, Mapping[str, Any]] = (
         }
     ),
 )
-"""The trainer's `ddpm` sampler: stochastic, its noise comes from the prompt's own generator."""
+"""The trainer's `ddpm` sampler. It is stochastic: noise comes from the prompt's own generator."""
 
 PREVIEW_DDPM: tuple[str, Mapping[str, Any]] = (
     TRAINER_DDPM[0],
@@ -39,7 +45,7 @@ ROWS = (
         pipeline="StableDiffusionPipeline",
         checkpoint=Checkpoint(repo="stable-diffusion-v1-5/stable-diffusion-v1-5", variant="fp16"),
         scheduler=TRAINER_DDPM,
-        # The checker turns flagged pictures black; the trainer's previews have none.
+        # The checker turns flagged pictures black; the trainer's previews do not use one.
         load_options={"safety_checker": None, "requires_safety_checker": False},
         steps=25,
         guidance=6.0,
@@ -62,8 +68,8 @@ ROWS = (
         memory_gib={"unet": 4.8, "text_encoder_2": 1.29, "text_encoder": 0.23, "vae": 0.16},
         licence="CreativeML Open RAIL++-M",
         preview=Preview(
-            differs="In prompts, `--gr` is guidance rescale, and `--n` is for the first text encoder only.",
-            fields={"arguments": "flag_arguments"},
+            differs="In prompts, `--gr` sets guidance rescale, and `--n` is only for the first text encoder.",
+            fields={"arguments": sd.flag_arguments},
         ),
     ),
 )

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deployments.catalog.control_choices import only_one
+from deployments.catalog.lazy import LazyModule
 from deployments.catalog.model_spec import Checkpoint, ControlImages, ModelSpec, Part, Preview, Video
+
+if TYPE_CHECKING:
+    from deployments.pipelines import wan
+else:
+    wan = LazyModule("deployments.pipelines.wan")
 
 _UNIPC: Mapping[str, Any] = MappingProxyType(
     {"num_train_timesteps": 1000, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -18,7 +24,7 @@ UNIPC_SHIFT_5 = ("UniPCMultistepScheduler", MappingProxyType({**_UNIPC, "flow_sh
 _EULER: Mapping[str, Any] = MappingProxyType({"num_train_timesteps": 1000, "use_dynamic_shifting": False})
 EULER_SHIFT_3 = ("FlowMatchEulerDiscreteScheduler", MappingProxyType({**_EULER, "shift": 3.0}))
 EULER_SHIFT_5 = ("FlowMatchEulerDiscreteScheduler", MappingProxyType({**_EULER, "shift": 5.0}))
-"""What the trainer samples with: shift 3 for Wan 2.1 and 5 for every Wan 2.2."""
+"""The trainer's schedules: shift 3 for Wan 2.1, shift 5 for every Wan 2.2."""
 
 ROUNDED = Video(multiples_go_up=True)
 FLOORED = Video()
@@ -36,7 +42,7 @@ MOE_14B_GIB: Mapping[str, float] = MappingProxyType(
 )
 
 EXPERTS: Mapping[str, str] = MappingProxyType({"high": "transformer", "low": "transformer_2"})
-"""The transformers for the noisier and the later steps."""
+"""The transformer for the first, noisier steps, and the one for the later steps."""
 
 T2V_EXPERTS = Checkpoint(repo="ai-toolkit/Wan2.2-T2V-A14B-Diffusers-bf16")
 I2V_EXPERTS = Checkpoint(repo="ai-toolkit/Wan2.2-I2V-A14B-Diffusers-bf16")
@@ -45,17 +51,17 @@ I2V_720P = Checkpoint(repo="Wan-AI/Wan2.1-I2V-14B-720P-Diffusers")
 I2V_480P = Checkpoint(repo="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers")
 
 TRANSFORMER = "diffusers.WanTransformer3DModel"
-# Named so that an installed torchvision does not change which one is loaded: they differ by up to 2 of 255.
+# Named, since transformers picks another one if torchvision is installed: they differ by up to 2 of 255.
 CLIP_PROCESSOR = "transformers.CLIPImageProcessorPil"
 
 EULER_3 = Preview(
-    differs="Sampled with Euler steps, not UniPC.",
+    differs="It uses Euler steps instead of UniPC.",
     fields={"scheduler": EULER_SHIFT_3},
 )
 EULER_3_FROM_IMAGE = Preview(
-    differs="Sampled with Euler steps and shift 3, not UniPC; CLIP sees the control image as torchvision"
-    " resizes it, not Pillow.",
-    fields={"scheduler": EULER_SHIFT_3, "during": "trainer_resize"},
+    differs="It uses Euler steps with shift 3 instead of UniPC. CLIP sees the control image resized by"
+    " torchvision instead of Pillow.",
+    fields={"scheduler": EULER_SHIFT_3, "during": wan.trainer_resize},
 )
 
 ROWS = (
@@ -98,7 +104,7 @@ ROWS = (
         parts={
             "image_processor": Part(class_name=CLIP_PROCESSOR, checkpoint=I2V_720P, folder="image_processor")
         },
-        arguments="image_arguments",
+        arguments=wan.image_arguments,
         control_images=ControlImages(least=1, most=1),
         video=ROUNDED,
         steps=25,
@@ -118,7 +124,7 @@ ROWS = (
         parts={
             "image_processor": Part(class_name=CLIP_PROCESSOR, checkpoint=I2V_480P, folder="image_processor")
         },
-        arguments="image_arguments",
+        arguments=wan.image_arguments,
         control_images=ControlImages(least=1, most=1),
         video=ROUNDED,
         steps=25,
@@ -148,7 +154,8 @@ ROWS = (
         activations_gib=8.0,
         licence="Apache-2.0",
         preview=Preview(
-            differs="Sampled with Euler steps and shift 5, not UniPC and 3; sizes are multiples of 16.",
+            differs="It uses Euler steps with shift 5 instead of UniPC with shift 3. Sizes are multiples"
+            " of 16.",
             fields={"scheduler": EULER_SHIFT_5, "divisor": 16},
         ),
     ),
@@ -173,8 +180,8 @@ ROWS = (
         load_options={"boundary_ratio": 0.9},
         scheduler=UNIPC_SHIFT_3,
         experts=EXPERTS,
-        arguments="image_arguments",
-        during="rounded_start",
+        arguments=wan.image_arguments,
+        during=wan.rounded_start,
         control_images=ControlImages(least=1, most=1),
         video=FLOORED,
         steps=25,
@@ -184,9 +191,9 @@ ROWS = (
         activations_gib=8.0,
         licence="Apache-2.0",
         preview=Preview(
-            differs="Sampled with Euler steps and shift 5, not UniPC and 3; the low-noise transformer begins"
-            " at 0.875, not 0.9.",
-            fields={"scheduler": EULER_SHIFT_5, "during": "trainer_boundary"},
+            differs="It uses Euler steps with shift 5 instead of UniPC with shift 3. The low-noise"
+            " transformer starts at 0.875 instead of 0.9.",
+            fields={"scheduler": EULER_SHIFT_5, "during": wan.trainer_boundary},
         ),
     ),
     ModelSpec(
@@ -197,7 +204,7 @@ ROWS = (
         image_pipeline="WanImageToVideoPipeline",
         checkpoint=Checkpoint(repo="Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
         scheduler=UNIPC_SHIFT_5,
-        arguments="image_arguments",
+        arguments=wan.image_arguments,
         control_images=ControlImages(most=1, choose=only_one),
         video=FLOORED,
         steps=25,
@@ -207,8 +214,8 @@ ROWS = (
         activations_gib=6.0,
         licence="Apache-2.0",
         preview=Preview(
-            differs="Sampled with Euler steps, not UniPC.",
-            fields={"scheduler": EULER_SHIFT_5, "during": "rounded_start"},
+            differs="It uses Euler steps instead of UniPC.",
+            fields={"scheduler": EULER_SHIFT_5, "during": wan.rounded_start},
         ),
     ),
 )

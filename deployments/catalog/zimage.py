@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from deployments.catalog.lazy import LazyModule
 from deployments.catalog.model_spec import Checkpoint, ModelSpec, Part, Preview
+
+if TYPE_CHECKING:
+    from deployments.pipelines import zimage
+else:
+    zimage = LazyModule("deployments.pipelines.zimage")
 
 FLOW_SHIFT_3: tuple[str, Mapping[str, Any]] = (
     "FlowMatchEulerDiscreteScheduler",
     MappingProxyType({"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": False}),
 )
-"""Z-Image's schedule as the trainer trains and samples it, whatever the repository says."""
+"""The trainer's schedule for Z-Image, in training and sampling; the repository's own is ignored."""
 
 LESS_GUIDANCE = Preview(
-    differs="Guidance is one less than asked for; sizes are multiples of 16.",
-    fields={"divisor": 16, "arguments": "preview_arguments"},
+    differs="Guidance is one less than requested. Sizes are multiples of 16.",
+    fields={"divisor": 16, "arguments": zimage.preview_arguments},
 )
 
 ROWS = (

@@ -11,16 +11,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from PIL import Image
 
 from cluster.failures import FailureCode, JobFailure
-from deployments.catalog import HighResolution, ModelSpec
-from deployments.engine.by_name import family_function, make_scheduler, with_parts_of
+from deployments.catalog import CATALOG, HighResolution, ModelSpec
 from deployments.engine.checkpoints import Checkpoints
+from deployments.engine.classes import make_scheduler, with_parts_of
 from deployments.engine.loading import Loader, be_deterministic
 from deployments.engine.media import Media
 from deployments.engine.offload import OFFLOADS, place
@@ -32,6 +32,7 @@ from deployments.loras.adapters.conversion import Converter, layers_of
 from deployments.loras.adapters.device import Adapters
 from deployments.loras.adapters.host import HostTier
 from deployments.loras.sources.lora_root import LoraFile, digest
+from deployments.settings import WorkerSettings
 from deployments.spec.job import PromptSpec, Sampling
 
 ADAPTER_BYTES = 8 * 2**30
@@ -82,6 +83,22 @@ class Engine:
         self._upsampler: Any = None
         self._host: HostTier | None = None
         self._adapters: Adapters | None = None
+
+    @classmethod
+    def of(cls, model: str, settings: WorkerSettings) -> Self:
+        """Return the engine of a model id with these settings, not loaded yet."""
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(
+            CATALOG[model],
+            Checkpoints(settings.checkpoints, settings.model_cache),
+            device=auto if settings.device == "auto" else settings.device,
+            offload=settings.offload,
+            vae_tiling=model in settings.vae_tiling,
+            adapter_bytes=settings.adapter_bytes,
+            host_adapter_bytes=settings.host_adapter_bytes,
+            fuse_after=settings.fuse_after.get(model),
+            compiled=model in settings.compile,
+        )
 
     def load(self) -> None:
         """Load the pipeline to the device, every part in the compute dtype.
@@ -135,11 +152,6 @@ class Engine:
             return
         with self._host.use(file) as packed, self._loaded_adapters.staged(file, packed):
             yield
-
-    @property
-    def prepared(self) -> frozenset[str]:
-        """The sha256 of each adapter in host memory; from any thread."""
-        return self._host.hashes if self._host else frozenset()
 
     def render(self, prompt: PromptSpec, controls: Sequence[Image.Image], observer: Observer) -> Media:
         """Render one prompt with the active adapters. Models without control images ignore `controls`.
@@ -210,8 +222,7 @@ class Engine:
         path = self._checkpoints.locate_lora(high.lora)
         lora = LoraFile(path, digest(path), path.stat().st_size)
         refined = partial(self._loaded_adapters.joined_by, lora, high.multiplier)
-        render = family_function(self.spec, high.render)
-        return render(pipeline, self._pipeline, arguments, self._upsampler, refined, progress)
+        return high.render(pipeline, self._pipeline, arguments, self._upsampler, refined, progress)
 
     def _sound(self, output: Any) -> Sound | None:  # noqa: ANN401 - any pipeline's output
         rate = self.spec.video.sound_rate if self.spec.video else None
@@ -232,7 +243,7 @@ class Engine:
         if row.scheduler and row.scheduler is not self.spec.scheduler:
             pipeline.scheduler = make_scheduler(*row.scheduler)
         try:
-            with family_function(self.spec, row.during)(pipeline, arguments) if row.during else nullcontext():
+            with row.during(pipeline, arguments) if row.during else nullcontext():
                 yield
         finally:
             pipeline.scheduler = own
@@ -258,7 +269,7 @@ class Engine:
         if row.video and prompt.num_frames:
             arguments["num_frames"] = row.video.floor(prompt.num_frames)
         if row.arguments:
-            arguments |= family_function(self.spec, row.arguments)(pipeline, prompt, controls)
+            arguments |= row.arguments(pipeline, prompt, controls)
         return arguments
 
 

@@ -11,8 +11,8 @@ import torch
 import transformers
 
 from deployments.catalog import ModelSpec, Part
-from deployments.engine.by_name import family_function, make_scheduler, named, pipeline_class
 from deployments.engine.checkpoints import Checkpoints, Located
+from deployments.engine.classes import load_class, make_scheduler
 
 
 class Loader:
@@ -55,14 +55,14 @@ class Loader:
             # Not through the constructor: the one of Stable Diffusion 1.5 changes `steps_offset` 0 to 1.
             pipeline.scheduler = make_scheduler(*self._spec.scheduler)
         if self._spec.adjust:
-            family_function(self._spec, self._spec.adjust)(pipeline)
+            self._spec.adjust(pipeline)
         return pipeline
 
     def part(self, name: str, part: Part) -> Any:  # noqa: ANN401 - a model or a tokenizer
         """Load a part by itself. Raises as `pipeline`."""
         located = self._checkpoints.locate_part(part)
         self._parts[name] = f"{part.checkpoint.repo}@{located.revision}"
-        part_class = named(part.class_name)
+        part_class = load_class(part.class_name)
         is_model = issubclass(part_class, torch.nn.Module)
         options = {"dtype": self.dtype, "use_safetensors": True, **self._options} if is_model else {}
         return part_class.from_pretrained(located.directory, local_files_only=True, **options)
@@ -76,7 +76,7 @@ class Loader:
         }
 
     def _assemble(self) -> Any:  # noqa: ANN401 - any diffusers pipeline
-        spec, own_class = self._spec, pipeline_class(self._spec.pipeline)
+        spec, own_class = self._spec, load_class(self._spec.pipeline)
         parts = {name: self.part(name, part) for name, part in spec.parts.items()}
         if spec.assembled:
             return own_class(**parts, scheduler=None, **spec.load_options)

@@ -17,13 +17,12 @@ import diffusers
 import torch
 import transformers
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
-from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
 from diffusers.utils.constants import SAFETENSORS_WEIGHTS_NAME as DIFFUSERS_WEIGHTS
 from safetensors.torch import save_file, save_model
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME as TRANSFORMERS_WEIGHTS
 
-from deployments.pipelines.omnigen2_transformer import OmniGen2Transformer2DModel
+from deployments.catalog.lazy import Lazy
 
 TINY_FLUX = Path(__file__).parent / "tiny_flux"
 """Configs and tokenizers of a FLUX.1 of two double and two single blocks, 32 wide."""
@@ -31,10 +30,10 @@ TINY_FLUX = Path(__file__).parent / "tiny_flux"
 _RANK = 4
 
 _OTHERS = {
-    "OmniGen2Transformer2DModel": OmniGen2Transformer2DModel,
-    "LTX2LatentUpsamplerModel": LTX2LatentUpsamplerModel,
+    "OmniGen2Transformer2DModel": "deployments.pipelines.omnigen2_transformer",
+    "LTX2LatentUpsamplerModel": "diffusers.pipelines.ltx2.latent_upsampler",
 }
-"""Classes that configs name and no library has at its top."""
+"""Modules of classes that configs name and that no library exports at its top."""
 
 
 def materialize(source: Path, target: Path, model_class: type[PreTrainedModel] | None = None) -> None:
@@ -50,7 +49,7 @@ def materialize(source: Path, target: Path, model_class: type[PreTrainedModel] |
     # Schedulers and tokenizers have no config.json and no weights.
     for file in sorted(source.rglob("config.json")):
         library, class_name = entries.get(file.parent.name) or _class_of(json.loads(file.read_text()))
-        made = model_class or _stated(library, class_name) or _OTHERS[class_name]
+        made = model_class or _stated(library, class_name) or Lazy(_OTHERS[class_name], class_name).load()
         _materialize_component(made, target / file.parent.relative_to(source))
 
 

@@ -10,9 +10,7 @@ import asyncio
 import os
 import socket
 import uuid
-from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
 from ray import serve
 
 from cluster.databases.database import jobs_url
@@ -21,96 +19,48 @@ from cluster.net.fetcher import Fetcher
 from cluster.net.urls import parse_hosts
 from cluster.objects.opening import open_store
 from cluster.telemetry import configure_logging
-from deployments.catalog import CATALOG
+from deployments.settings import WorkerSettings
 from deployments.worker.heartbeat import Heartbeat
 
 RELEASE_MARGIN_S = 30.0
 """Grace left at which a draining replica hands its running job back instead of being killed with it."""
 
 
-class WorkerConfig(BaseModel):
-    """What a worker needs to know; paths are those of its node, relative to Ray's working directory."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    jobs: str
-    outputs: str
-    loras: Path
-    lora_cache: Path
-    lora_cache_bytes: int
-    max_lora_bytes: int
-    max_image_pixels: int
-    fetch_hosts: tuple[str, ...]
-    fetch_buckets: tuple[str, ...]
-    checkpoints: Path | None
-    model_cache: Path | None
-    device: str
-    offload: str
-    vae_tiling: tuple[str, ...]
-    inference_timeout_s: float
-    lease_s: float
-    adapter_bytes: int
-    host_adapter_bytes: int
-    fuse_after: dict[str, int]
-    compile: tuple[str, ...]
-    compile_cache: Path
-
-
 class Worker:
     """One replica: a warm pipeline of `model` and the threads that claim, render, publish and beat."""
 
-    async def __init__(self, model: str, config: WorkerConfig) -> None:  # type: ignore[misc]
+    async def __init__(self, model: str, settings: WorkerSettings) -> None:  # type: ignore[misc]
         configure_logging()
         self._owner = f"{model}@{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._loop: ClaimLoop | None = None
-        options = {"lease_s": config.lease_s, "run_timeout_s": config.inference_timeout_s}
-        self._queue = await asyncio.to_thread(open_queue, jobs_url(config.jobs), **options)
+        options = {"lease_s": settings.lease_s, "run_timeout_s": settings.inference_timeout_s}
+        self._queue = await asyncio.to_thread(open_queue, jobs_url(settings.jobs), **options)
         self._heartbeat = Heartbeat(
             self._queue,
             self._owner,
             model,
             warm=lambda: self._loop.warm if self._loop else (),
-            lease_s=config.lease_s,
+            lease_s=settings.lease_s,
         )
         # Torch and diffusers take seconds to import: the policy must know of this replica before that.
         self._heartbeat.start()
-        from deployments.engine.checkpoints import Checkpoints
         from deployments.engine.control_images import Controls
         from deployments.engine.engine import Engine
-        from deployments.loras.sources.cache import LoraStore
         from deployments.loras.sources.loras import Loras
         from deployments.worker.claiming import ClaimLoop
 
         # Read when torch first compiles; one that is set already is the operator's own.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.compile_cache.absolute()))
-        engine = Engine(
-            CATALOG[model],
-            Checkpoints(config.checkpoints, config.model_cache),
-            device=config.device,
-            offload=config.offload,
-            vae_tiling=model in config.vae_tiling,
-            adapter_bytes=config.adapter_bytes,
-            host_adapter_bytes=config.host_adapter_bytes,
-            fuse_after=config.fuse_after.get(model),
-            compiled=model in config.compile,
-        )
-        fetcher = Fetcher(parse_hosts(config.fetch_hosts))
-        loras = Loras(
-            config.loras,
-            LoraStore(config.lora_cache, config.lora_cache_bytes),
-            fetcher,
-            buckets=config.fetch_buckets,
-            max_bytes=config.max_lora_bytes,
-        )
-        store = open_store(config.outputs)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.compile_cache.absolute()))
+        fetcher = Fetcher(parse_hosts(settings.fetch_hosts))
+        store = open_store(settings.outputs)
         self._loop = ClaimLoop(
-            engine,
+            Engine.of(model, settings),
             self._queue,
             store,
             self._heartbeat,
             owner=self._owner,
-            loras=loras,
-            controls=Controls(store, fetcher, config.max_image_pixels),
+            loras=Loras.of(settings, fetcher),
+            controls=Controls(store, fetcher, settings.max_image_pixels),
         )
         self._loop.start()
         # Serve counts the replica as running from here on, so a rolling update keeps the old one until then.

@@ -1,4 +1,4 @@
-"""Writes the pages of the models, from catalogue and notes: `python docs/models/generate.py`."""
+"""Generates the model pages from the catalogue and the notes: `python docs/models/generate.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parent
 
 
 def render_pages() -> dict[str, str]:
-    """Return every generated page, by file name."""
+    """Return the text of every generated page, by file name."""
     pages = {f"{spec.id}.md": _page(spec) for spec in CATALOG.values()}
     return pages | {"README.md": _index()}
 
@@ -22,7 +22,11 @@ def _index() -> str:
         f"| [`{spec.id}`]({spec.id}.md) | {spec.title} | {_repositories(spec)} | {_controls(spec)} |"
         for spec in CATALOG.values()
     ]
-    head = ["# Models", "", "| id | model | checkpoint | control images |", "|---|---|---|---|"]
+    about = (
+        "Each page has a model's defaults, an example request, its memory needs, its LoRA formats, and what\n"
+        "to compare if a picture differs from the trainer's preview."
+    )
+    head = ["# Models", "", about, "", "| id | model | checkpoint | control images |", "|---|---|---|---|"]
     return "\n".join([*head, *rows]) + "\n"
 
 
@@ -49,15 +53,15 @@ def _facts(spec: ModelSpec) -> str:
 
 def _defaults(spec: ModelSpec) -> str:
     rows = {
-        "`width` x `height`": f"{spec.width} x {spec.height}, floored to a multiple of {spec.divisor}",
+        "`width` x `height`": f"{spec.width} x {spec.height}, rounded down to a multiple of {spec.divisor}",
         "`sample_steps`": spec.steps,
         "`guidance_scale`": spec.guidance,
-        "`neg`": "used" if spec.negative_prompt else "taken and ignored",
+        "`neg`": "used" if spec.negative_prompt else "accepted but ignored",
         "control images": _controls(spec),
         "`output_format`": ", ".join(f"`{name}`" for name in spec.formats),
     }
     if spec.high:
-        rows["`resolution`"] = "`Default`, or `High` for twice the size (not of previews)"
+        rows["`resolution`"] = "`Default`, or `High` for twice the size (not in previews)"
     if spec.video:
         only = "" if spec.video.other_fps == "taken" else " only"
         rows["`num_frames`, `fps`"] = f"{spec.video.frames}, {spec.video.fps}{only}"
@@ -66,9 +70,11 @@ def _defaults(spec: ModelSpec) -> str:
 
 
 def _preview(spec: ModelSpec) -> str:
-    differs = spec.preview.differs if spec.preview else "Nothing in the numbers."
+    same = "For this model the sampling is the same as by default."
+    differs = spec.preview.differs if spec.preview else same
     return (
-        f"The trainer's own sample picture of the same request. {differs} Flags in prompts (`--w 512`) count."
+        f"Renders the sample picture that the trainer would show for this request. {differs}"
+        " Flags in prompts, such as `--w 512`, are obeyed."
     )
 
 
@@ -76,23 +82,25 @@ def _memory(spec: ModelSpec) -> str:
     parts = ", ".join(f"{name} {gib:g}" for name, gib in spec.memory_gib.items())
     modes = ", ".join(f"`{mode}` {gib:.0f}" for mode, gib in needed_gib(spec).items())
     return (
-        f"GiB of parts in bfloat16: {parts}.\nGPU memory in GiB by `OFFLOAD_MODE`, estimated: {modes}.\n"
-        "`lora-serve models --gpu GIB` says what fits."
+        f"Components in bfloat16, in GiB: {parts}.\n"
+        f"Estimated GPU memory in GiB, by `OFFLOAD_MODE`: {modes}.\n"
+        "`lora-serve models --gpu GIB` shows which models fit on a GPU."
     )
 
 
 def _arithmetic(spec: ModelSpec) -> str:
     text = (
-        "LoRAs add to the output of layers whose weights stay as they are, in the dtype of these: bfloat16\n"
-        "on a GPU that has it, else float16; float32 on the CPU. The trainer's previews do the same with\n"
-        "quantised models, and merge into others in float32, as\n"
-        "[`fuse_after`](../performance.md#fused-loras) does. In float32 these ways are equal."
+        "A LoRA adds to the output of the layers and does not change their weights. It is computed in the\n"
+        "dtype of the weights: bfloat16 on a GPU that supports it, else float16, and float32 on the CPU.\n"
+        "The trainer's previews do the same for quantised models. For other models the trainer merges the\n"
+        "LoRA into the weights in float32, as [`fuse_after`](../performance.md#fused-loras) does. In\n"
+        "float32 both ways are equal."
     )
     if not spec.products_in_file_dtype:
         return text
     return text + (
-        "\n\nThe product of a LoRA's matrices is rounded to the dtype of its file before it is used in a\n"
-        "wider one, as the reference does; in previews it is not, as in the trainer's."
+        "\n\nAs in the reference server, the product of a LoRA's matrices is rounded to the dtype of its\n"
+        "file before it is used in a wider one. Previews do not round it, and neither does the trainer."
     )
 
 

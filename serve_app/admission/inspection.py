@@ -9,7 +9,6 @@ from cluster.net.fetcher import Fetcher
 from cluster.net.limits import Limits
 from cluster.net.urls import parse_hosts
 from deployments.loras.format.inspection import Inspection, inspect, inspect_file
-from deployments.loras.sources.cache import LoraStore
 from deployments.loras.sources.lora_root import resolve
 from deployments.spec.lora_reference import RootFile, parse
 from serve_app.admission.lora_rules import refused_lora
@@ -43,11 +42,4 @@ class Inspector:
     def _loras(self) -> Loras:
         from deployments.loras.sources.loras import Loras  # It needs boto3.
 
-        settings = self._settings
-        return Loras(
-            settings.loras,
-            LoraStore(settings.lora_cache, settings.lora_cache_bytes),
-            Fetcher(parse_hosts(settings.fetch_hosts), _LIMITS),
-            max_bytes=settings.max_lora_bytes,
-            buckets=settings.fetch_buckets,
-        )
+        return Loras.of(self._settings, Fetcher(parse_hosts(self._settings.fetch_hosts), _LIMITS))

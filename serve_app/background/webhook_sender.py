@@ -1,14 +1,12 @@
-"""Webhooks: checked when a request comes, sent by every gateway when its job has ended, signed for receivers.
+"""Sends webhooks from the outbox when jobs have ended, signed for their receivers; every gateway does.
 
 Signatures are those of Standard Webhooks (https://www.standardwebhooks.com), with the service's one secret.
 """
 
 from __future__ import annotations
 
-import binascii
 import json
 import logging
-import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,20 +16,15 @@ from datetime import UTC, datetime
 from standardwebhooks import Webhook
 
 from cluster.failures import JobFailure, StoreUnavailable
-from cluster.jobs.model import JobState, NewWebhook
 from cluster.jobs.webhook_outbox import Message, Outbox
 from cluster.net.fetcher import Fetcher
 from cluster.net.limits import FetchError, Limits
-from cluster.net.urls import UrlRefused, check_url, parse_hosts, parse_url
-from cluster.secrets import can_seal, open_secret, seal
+from cluster.net.urls import parse_hosts, parse_url
+from cluster.secrets import open_secret
 from serve_app.settings import Settings
 from serve_app.wire.answers import StatusAnswer
-from serve_app.wire.refusals import Code, Refusal
-from serve_app.wire.requests import WebhookItem
 
 logger = logging.getLogger(__name__)
-
-VARIABLE = "WEBHOOK_SECRET"
 
 LOOK_S = 1.0
 """Pause between two looks into the outbox, in seconds."""
@@ -39,43 +32,8 @@ LOOK_S = 1.0
 SENDERS = 8
 """Messages that one gateway sends at a time."""
 
-ENDS = tuple(state for state in JobState if state.terminal)
-"""What a webhook tells of unless the request says otherwise."""
-
 LIMITS = Limits(total_s=20.0, grace_s=10.0)
 """A receiver answers within 10 s; an attempt ends long before another gateway tries the same message."""
-
-
-def open_signer() -> Webhook | None:
-    """Return what signs messages, None without `WEBHOOK_SECRET`; raises `ValueError` for a bad one."""
-    secret = os.environ.get(VARIABLE)
-    if not secret:
-        return None
-    try:
-        size = len(binascii.a2b_base64(secret.removeprefix("whsec_"), strict_mode=True))
-    except binascii.Error:
-        size = 0
-    # The sizes that Standard Webhooks allows.
-    if not secret.startswith("whsec_") or not 24 <= size <= 64:
-        raise ValueError(f"{VARIABLE} must be whsec_ and the base64 of 24 to 64 random bytes")
-    return Webhook(secret)
-
-
-def admit_webhook(item: WebhookItem | None, settings: Settings) -> NewWebhook | None:
-    """Check where a request wants to be told; its query is kept encrypted. Raises `Refusal`."""
-    if item is None:
-        return None
-    if open_signer() is None:
-        raise Refusal(Code.WEBHOOK_SECRET_REQUIRED)
-    try:
-        url = parse_url(item.url)
-        check_url(url, parse_hosts(settings.fetch_hosts))
-    except UrlRefused as error:
-        raise Refusal(Code.URL_NOT_ALLOWED, field="webhook.url", reason=str(error)) from error
-    if url.query and not can_seal():
-        raise Refusal(Code.SECRET_KEY_REQUIRED)
-    events = tuple(map(JobState, item.events)) if item.events else ENDS
-    return NewWebhook(url=str(url), events=events, secret=seal({"query": url.query}) if url.query else None)
 
 
 @contextmanager

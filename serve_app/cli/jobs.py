@@ -17,7 +17,7 @@ from cluster.jobs.model import Job, JobState
 from cluster.jobs.queue import JobQueue
 from cluster.objects.opening import open_store
 from cluster.objects.store import StoreError
-from serve_app.background.retention import DAY_S, remove_old
+from serve_app.background.janitor import DAY_S, remove_old
 from serve_app.settings import Settings
 
 app = typer.Typer(help="List, show, cancel, requeue and purge jobs.", no_args_is_help=True)

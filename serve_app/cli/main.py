@@ -11,7 +11,7 @@ import typer
 
 from deployments.catalog import CATALOG
 from serve_app.cli import batch, jobs, requests
-from serve_app.settings import Settings
+from serve_app.settings import RenderArgs, Settings
 
 app = typer.Typer(
     help="LoRA inference for diffusion models on Ray Serve.",
@@ -84,7 +84,9 @@ def render(
 
     given = {"checkpoints": checkpoints, "loras": loras, "device": device}
     # Flags win over the environment, which wins over defaults.
-    settings = Settings().model_copy(update={key: value for key, value in given.items() if value is not None})
+    settings = RenderArgs().model_copy(
+        update={key: value for key, value in given.items() if value is not None}
+    )
     raise typer.Exit(render_files(requests, settings, out, file_format.value))
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import torch
 from pydantic import ValidationError
 
 from cluster.failures import JobFailure
@@ -19,23 +18,22 @@ from cluster.net.urls import parse_hosts
 from cluster.objects.directory import DirectoryStore
 from cluster.objects.store import ObjectStore
 from deployments.catalog import CATALOG
-from deployments.engine.checkpoints import Checkpoints
 from deployments.engine.control_images import Controls
 from deployments.engine.engine import Engine
 from deployments.engine.job import Rendered, Report, Unwatched, render_job
 from deployments.engine.media import save
-from deployments.loras.sources.cache import LoraStore
 from deployments.loras.sources.loras import Loras
+from deployments.settings import RenderSettings
 from deployments.spec.formats import FILE_TYPES, OutputFormat
 from serve_app.admission.admit import admit, check_format
-from serve_app.settings import Settings
+from serve_app.settings import RenderArgs
 from serve_app.wire.refusals import Refusal
 from serve_app.wire.requests import InferenceRequest
 
 FileFormat: TypeAlias = OutputFormat | Literal["npy"]
 
 
-def render_files(files: Sequence[Path], settings: Settings, out: Path, file_format: FileFormat) -> int:
+def render_files(files: Sequence[Path], settings: RenderArgs, out: Path, file_format: FileFormat) -> int:
     """Render the requests in order in this process, one warm engine per model; return the exit status.
 
     Request `A.json` (a body of `POST /v1/inference`) becomes `out/A/0.npy` per prompt, uint8 H x W x 3, for a
@@ -59,22 +57,15 @@ def render_files(files: Sequence[Path], settings: Settings, out: Path, file_form
     return 1 if failed else 0
 
 
-def open_sources(settings: Settings, store: ObjectStore) -> tuple[Loras, Controls]:
+def open_sources(settings: RenderSettings, store: ObjectStore) -> tuple[Loras, Controls]:
     """Return what opens the LoRAs and control images of requests, as a worker has it."""
     fetcher = Fetcher(parse_hosts(settings.fetch_hosts))
-    loras = Loras(
-        settings.loras,
-        LoraStore(settings.lora_cache, settings.lora_cache_bytes),
-        fetcher,
-        max_bytes=settings.max_lora_bytes,
-        buckets=settings.fetch_buckets,
-    )
-    return loras, Controls(store, fetcher, settings.max_image_pixels)
+    return Loras.of(settings, fetcher), Controls(store, fetcher, settings.max_image_pixels)
 
 
 def _render_file(
     file: Path,
-    settings: Settings,
+    settings: RenderArgs,
     store: ObjectStore,
     engines: dict[str, Engine],
     folder: Path,
@@ -111,18 +102,9 @@ def _render_file(
     return {"model": spec.model, "outputs": outputs, "warnings": warnings, "timings": report.timings}
 
 
-def _engine(model: str, settings: Settings, engines: dict[str, Engine]) -> Engine:
+def _engine(model: str, settings: RenderArgs, engines: dict[str, Engine]) -> Engine:
     if model not in engines:
-        checkpoints = Checkpoints(settings.checkpoints, settings.model_cache)
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        device = auto if settings.device == "auto" else settings.device
-        engine = Engine(
-            CATALOG[model],
-            checkpoints,
-            device=device,
-            offload=settings.offload,
-            vae_tiling=model in settings.vae_tiling,
-        )
+        engine = Engine.of(model, settings)
         engine.load()
         engines[model] = engine
     return engines[model]

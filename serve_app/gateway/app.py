@@ -18,9 +18,8 @@ from cluster.secrets import can_seal
 from deployments.catalog import CATALOG
 from deployments.loras.format.inspection import Inspection
 from deployments.spec.formats import FILE_TYPES
-from serve_app.admission.submission import IdempotencyKey, check_key, submit
+from serve_app.admission.webhooks import open_signer
 from serve_app.background.job_changes import View
-from serve_app.background.webhook_sender import open_signer
 from serve_app.gateway.auth import SCHEME, KeyedRoute, Tenant, open_keys
 from serve_app.gateway.batch_routes import batches
 from serve_app.gateway.body_bounds import BoundedRoute
@@ -30,6 +29,7 @@ from serve_app.gateway.openai.errors import documented as documented_as_openai
 from serve_app.gateway.openai.routes import images
 from serve_app.gateway.page_files import page_router
 from serve_app.gateway.shared import Parts, Shared, open_parts
+from serve_app.gateway.submission import IdempotencyKey, check_key, submit
 from serve_app.settings import GatewayArgs
 from serve_app.wire.answers import (
     HealthAnswer,

@@ -14,10 +14,11 @@ from fastapi import APIRouter, Depends, Path, Query, Response
 
 from cluster.jobs.model import IdempotencyConflict, Job, JobState
 from serve_app.admission.admit import keep_images
-from serve_app.admission.submission import IdempotencyKey, check_key, new_job
+from serve_app.admission.new_job import new_job
 from serve_app.gateway.auth import KeyedRoute, Tenant
 from serve_app.gateway.listing import MAX_LIMIT, decode_cursor, encode_cursor
 from serve_app.gateway.shared import Parts, Shared
+from serve_app.gateway.submission import IdempotencyKey, check_key
 from serve_app.wire.answers import Outputs
 from serve_app.wire.batch_answers import (
     BatchAnswer,

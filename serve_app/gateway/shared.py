@@ -20,8 +20,8 @@ from cluster.objects.opening import open_store
 from cluster.objects.store import ObjectStore
 from serve_app.admission.backlog import Backlog
 from serve_app.admission.inspection import Inspector
+from serve_app.background.janitor import DAY_S, Janitor
 from serve_app.background.long_polls import Waiting
-from serve_app.background.retention import DAY_S, Janitor
 from serve_app.background.webhook_sender import Sender
 from serve_app.settings import GatewayArgs
 from serve_app.wire.answers import ResultAnswer, StatusAnswer

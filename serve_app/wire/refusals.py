@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from enum import Enum
+from enum import Enum, Flag, auto
 from http import HTTPStatus
 from typing import Any, TypeAlias
 
@@ -19,57 +19,114 @@ from cluster.objects.store import StoreError
 logger = logging.getLogger(__name__)
 
 
+class Route(Flag):
+    """The kinds of routes whose documentation lists a code."""
+
+    SUBMIT = auto()
+    INSPECT = auto()
+
+
+NO_ROUTE = Route(0)
+
+
 class Code(Enum):
-    """Stable codes with HTTP status and sentence, those of submitted requests in the order of the checks."""
+    """Stable codes with status, sentence and routes; those of `SUBMIT` are in the order of the checks."""
 
     API_KEY_REQUIRED = 401, "This service needs `Authorization: Bearer KEY` with one of its keys."
-    IDEMPOTENCY_KEY_INVALID = 400, "Idempotency-Key must be 1 to 255 printable ASCII characters."
-    IDEMPOTENCY_KEY_REUSED = 409, "This Idempotency-Key was used with another body."
-    TOO_MANY_QUEUED = 429, "Too many requests are waiting; try again when some of them have run."
+    IDEMPOTENCY_KEY_INVALID = (
+        400,
+        "Idempotency-Key must be 1 to 255 printable ASCII characters.",
+        Route.SUBMIT,
+    )
+    IDEMPOTENCY_KEY_REUSED = 409, "This Idempotency-Key was used with another body.", Route.SUBMIT
+    TOO_MANY_QUEUED = (
+        429,
+        "Too many requests are waiting; try again when some of them have run.",
+        Route.SUBMIT,
+    )
     WEBHOOK_SECRET_REQUIRED = (
         400,
         "This service sends no webhooks: it has no WEBHOOK_SECRET to sign them with.",
+        Route.SUBMIT,
     )
-    MODEL_NOT_FOUND = 400, "There is no such model; details.supported_models lists the ids."
-    LORA_FILE_REQUIRED = 400, "A request needs a LoRA: `loras` must not be empty."
+    MODEL_NOT_FOUND = 400, "There is no such model; details.supported_models lists the ids.", Route.SUBMIT
+    LORA_FILE_REQUIRED = 400, "A request needs a LoRA: `loras` must not be empty.", Route.SUBMIT
     MOE_FORMAT_REQUIRED = (
         400,
         'This model has two transformers: each LoRA needs `transformer`, "low" or "high".',
+        Route.SUBMIT,
     )
-    SINGLE_MOE_CONFIG_ONLY = 400, "This model takes one LoRA per request for each of its two transformers."
-    MOE_FORMAT_NOT_SUPPORTED = 400, "This model has one transformer: leave `transformer` out of `loras`."
-    SINGLE_LORA_ONLY = 400, "This model takes exactly one LoRA per request."
+    SINGLE_MOE_CONFIG_ONLY = (
+        400,
+        "This model takes one LoRA per request for each of its two transformers.",
+        Route.SUBMIT,
+    )
+    MOE_FORMAT_NOT_SUPPORTED = (
+        400,
+        "This model has one transformer: leave `transformer` out of `loras`.",
+        Route.SUBMIT,
+    )
+    SINGLE_LORA_ONLY = 400, "This model takes exactly one LoRA per request.", Route.SUBMIT
     TOO_MANY_LORAS = (
         400,
         "The request has more LoRAs than the model's `max_loras` in /v1/models.",
+        Route.SUBMIT,
     )
-    URL_NOT_ALLOWED = 400, "This service does not fetch from that URL; details.reason says why."
-    LORA_URL_IS_DIRECTORY = 400, "The LoRA's URL names a folder, not a .safetensors file."
-    LORA_PATH_NOT_ALLOWED = 400, "A LoRA path must stay inside the LoRA root."
-    LORA_NOT_FOUND = 400, "There is no such LoRA file below the LoRA root."
-    LORA_FORMAT_NOT_SUPPORTED = 400, "The LoRA is not an intact .safetensors file of a supported kind."
-    LORA_URL_IS_HTML = 400, "The LoRA's URL leads to a web page, not to a file."
-    LORA_ACCESS_DENIED = 400, "The LoRA's source wants an account or token that may read it."
-    LORA_UNREACHABLE = 502, "The LoRA's source cannot be reached, or sends no usable answer."
-    CONTROL_IMAGE_REQUIRED = 400, "This model edits a picture: each prompt needs a control image."
-    TOO_MANY_PROMPTS = 400, "The request has more prompts than this service takes at once."
-    PROMPT_TOO_LONG = 400, "A prompt, negative prompt or trigger word is too long."
-    NUM_FRAMES_NOT_SUPPORTED = 400, "This model makes no video of so few frames."
-    FPS_NOT_SUPPORTED = 400, "This model makes videos of one number of frames a second only."
-    RESOLUTION_NOT_SUPPORTED = 400, 'This model has only the resolution "Default".'
-    OUTPUT_FORMAT_NOT_SUPPORTED = 400, "This model has no such output; details.supported lists its formats."
-    TOO_MANY_CONTROL_IMAGES = 400, "A prompt has more control images than the model takes."
-    PROMPT_FLAG_INVALID = 400, "A flag in a prompt has no valid value; details.reason says which."
-    SECRET_KEY_REQUIRED = 400, "Without SECRET_KEY, an hf_token or the query of a URL would be kept in clear."
-    CONTROL_IMAGE_TOO_LARGE = 400, "A control image has more pixels than this service takes."
-    CONTROL_IMAGE_INVALID = 400, "A control image is not base64 of an intact picture."
-    CONTROL_IMAGE_SHAPE = 400, "A control image is too small or too narrow for the model."
+    URL_NOT_ALLOWED = (
+        400,
+        "This service does not fetch from that URL; details.reason says why.",
+        Route.SUBMIT | Route.INSPECT,
+    )
+    LORA_URL_IS_DIRECTORY = (
+        400,
+        "The LoRA's URL names a folder, not a .safetensors file.",
+        Route.SUBMIT | Route.INSPECT,
+    )
+    LORA_PATH_NOT_ALLOWED = 400, "A LoRA path must stay inside the LoRA root.", Route.SUBMIT | Route.INSPECT
+    LORA_NOT_FOUND = 400, "There is no such LoRA file below the LoRA root.", Route.SUBMIT | Route.INSPECT
+    LORA_FORMAT_NOT_SUPPORTED = (
+        400,
+        "The LoRA is not an intact .safetensors file of a supported kind.",
+        Route.SUBMIT | Route.INSPECT,
+    )
+    LORA_URL_IS_HTML = 400, "The LoRA's URL leads to a web page, not to a file.", Route.INSPECT
+    LORA_ACCESS_DENIED = 400, "The LoRA's source wants an account or token that may read it.", Route.INSPECT
+    LORA_UNREACHABLE = 502, "The LoRA's source cannot be reached, or sends no usable answer.", Route.INSPECT
+    CONTROL_IMAGE_REQUIRED = (
+        400,
+        "This model edits a picture: each prompt needs a control image.",
+        Route.SUBMIT,
+    )
+    TOO_MANY_PROMPTS = 400, "The request has more prompts than this service takes at once.", Route.SUBMIT
+    PROMPT_TOO_LONG = 400, "A prompt, negative prompt or trigger word is too long.", Route.SUBMIT
+    NUM_FRAMES_NOT_SUPPORTED = 400, "This model makes no video of so few frames.", Route.SUBMIT
+    FPS_NOT_SUPPORTED = 400, "This model makes videos of one number of frames a second only.", Route.SUBMIT
+    RESOLUTION_NOT_SUPPORTED = 400, 'This model has only the resolution "Default".', Route.SUBMIT
+    OUTPUT_FORMAT_NOT_SUPPORTED = (
+        400,
+        "This model has no such output; details.supported lists its formats.",
+        Route.SUBMIT,
+    )
+    TOO_MANY_CONTROL_IMAGES = 400, "A prompt has more control images than the model takes.", Route.SUBMIT
+    PROMPT_FLAG_INVALID = (
+        400,
+        "A flag in a prompt has no valid value; details.reason says which.",
+        Route.SUBMIT,
+    )
+    SECRET_KEY_REQUIRED = (
+        400,
+        "Without SECRET_KEY, an hf_token or the query of a URL would be kept in clear.",
+        Route.SUBMIT,
+    )
+    CONTROL_IMAGE_TOO_LARGE = 400, "A control image has more pixels than this service takes.", Route.SUBMIT
+    CONTROL_IMAGE_INVALID = 400, "A control image is not base64 of an intact picture.", Route.SUBMIT
+    CONTROL_IMAGE_SHAPE = 400, "A control image is too small or too narrow for the model.", Route.SUBMIT
     BATCH_REFUSED = (
         400,
         "Requests of the batch are refused, and nothing was stored; details.errors says which.",
     )
 
-    BODY_TOO_LARGE = 413, "The body is larger than this service takes."
+    BODY_TOO_LARGE = 413, "The body is larger than this service takes.", Route.SUBMIT | Route.INSPECT
     BATCH_TOO_LARGE = 413, "More requests than may ever wait here; send fewer at a time."
     CURSOR_INVALID = 400, "`cursor` is not the `next_cursor` of an earlier page."
     EVENT_ID_INVALID = 400, "Last-Event-ID is not the id of an event of this service."
@@ -81,40 +138,20 @@ class Code(Enum):
     FIELD_INVALID = 422, "A field is missing or has no valid value; details.errors says which."
     REQUEST_CANCELED = 409, "The request was canceled before it had made its pictures."
     WAIT_OVER = 504, "The end of the request was not seen in time. It is stored: ask for its result."
-    STORE_UNAVAILABLE = 503, "The service cannot reach its store now. Try again."
+    STORE_UNAVAILABLE = 503, "The service cannot reach its store now. Try again.", Route.SUBMIT
     INTERNAL_ERROR = 500, "The service failed on this request; its log says why."
 
-    @property
-    def status(self) -> int:
-        """HTTP status of the answer."""
-        return self.value[0]
-
-    @property
-    def message(self) -> str:
-        """One sentence for people."""
-        return self.value[1]
+    def __init__(self, status: int, message: str, routes: Route = NO_ROUTE) -> None:
+        """Name the HTTP status, one sentence for people, and the routes that document the code."""
+        self.status = status
+        self.message = message
+        self.routes = routes
 
 
-_INSPECTED = (Code.LORA_URL_IS_HTML, Code.LORA_ACCESS_DENIED, Code.LORA_UNREACHABLE)
+SUBMISSION = tuple(code for code in Code if Route.SUBMIT in code.routes)
+"""What a request to render may be refused with, besides a missing key."""
 
-_CODES = list(Code)
-
-SUBMISSION = (
-    *(code for code in _CODES[1 : _CODES.index(Code.CONTROL_IMAGE_SHAPE) + 1] if code not in _INSPECTED),
-    Code.BODY_TOO_LARGE,
-    Code.STORE_UNAVAILABLE,
-)
-"""What a request to render may be refused with, beside a missing key: the codes as they stand above."""
-
-INSPECTION = (
-    Code.URL_NOT_ALLOWED,
-    Code.LORA_URL_IS_DIRECTORY,
-    Code.LORA_PATH_NOT_ALLOWED,
-    Code.LORA_NOT_FOUND,
-    Code.LORA_FORMAT_NOT_SUPPORTED,
-    *_INSPECTED,
-    Code.BODY_TOO_LARGE,
-)
+INSPECTION = tuple(code for code in Code if Route.INSPECT in code.routes)
 """What a LoRA to inspect may be refused with."""
 
 

@@ -19,7 +19,7 @@ from deployments.spec.lora_reference import parse
 from deployments.worker.claiming import ClaimLoop
 from deployments.worker.heartbeat import Heartbeat
 from serve_app.cli.render import open_sources
-from serve_app.settings import Settings
+from serve_app.settings import RenderArgs
 
 MakeEngine: TypeAlias = Callable[[Path], Engine]
 """Makes a replica's engine, loaded, of the checkpoints and LoRAs in a folder; a function of a module."""
@@ -32,7 +32,7 @@ def work(
 ) -> None:
     """Be one replica of `flux`."""
     queue, store = JobQueue(url, age_bound_s=age_bound_s), DirectoryStore(folder / "outputs")
-    loras, controls = open_sources(Settings(loras=folder / "loras", lora_cache=folder / "cache"), store)
+    loras, controls = open_sources(RenderArgs(loras=folder / "loras", lora_cache=folder / "cache"), store)
     heartbeat = Heartbeat(queue, owner, "flux", warm=lambda: loop.warm, lease_s=30)
     loop = ClaimLoop(make(folder), queue, store, heartbeat, owner=owner, loras=loras, controls=controls)
     heartbeat.start()

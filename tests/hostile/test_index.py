@@ -23,7 +23,7 @@ ELSEWHERE = {
     52: "serve_app/wire/test_request_types.py::test_a_bad_prompt_field_is_a_422_that_names_it",
     53: "cluster/test_telemetry.py::test_a_record_is_one_json_line",
     54: "serve_app/wire/test_request_types.py::test_unknown_fields_are_ignored_and_named",
-    56: "serve_app/admission/test_idempotency.py::test_concurrent_twins_make_one_job",
+    56: "serve_app/gateway/test_submission.py::test_concurrent_twins_make_one_job",
     57: "serve_app/gateway/test_auth.py::test_anothers_job_looks_like_none",
     58: "serve_app/gateway/test_app.py::test_a_queued_job_is_canceled_at_once",
     59: "cluster/objects/test_s3_faults.py::test_a_bucket_that_is_not_there",

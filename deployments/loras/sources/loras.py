@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, Self, TypeAlias
 from urllib.parse import quote
 
 from botocore.exceptions import BotoCoreError, ClientError
@@ -36,6 +36,7 @@ from deployments.loras.format.header import (
 from deployments.loras.format.modules import judge
 from deployments.loras.sources.cache import Lease, LoraStore
 from deployments.loras.sources.lora_root import LoraFile, open_lora
+from deployments.settings import RenderSettings
 from deployments.spec.job import LoraSpec
 from deployments.spec.lora_reference import (
     BucketFile,
@@ -98,6 +99,17 @@ class Loras:
         self._max_bytes = max_bytes
         self._hub = hub
         self._origin = Meter("origin")
+
+    @classmethod
+    def of(cls, settings: RenderSettings, fetcher: Fetcher) -> Self:
+        """Return the LoRAs of a node with these settings."""
+        return cls(
+            settings.loras,
+            LoraStore(settings.lora_cache, settings.lora_cache_bytes),
+            fetcher,
+            max_bytes=settings.max_lora_bytes,
+            buckets=settings.fetch_buckets,
+        )
 
     @contextmanager
     def open(

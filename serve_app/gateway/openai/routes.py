@@ -13,12 +13,12 @@ from cluster.failures import StoreUnavailable
 from cluster.jobs.model import Job, JobState
 from cluster.objects.store import StoreError
 from deployments.catalog import CATALOG
-from serve_app.admission.submission import IdempotencyKey, check_key, submit
 from serve_app.gateway.auth import Tenant
 from serve_app.gateway.openai.bodies import NUMBERED, ImageAnswer, ImageEdit, ImageGeneration, ImagesAnswer
 from serve_app.gateway.openai.errors import OpenAIRoute, Unmade, documented_with_failures
 from serve_app.gateway.openai.reading import described, described_form, read_edit, read_generation
 from serve_app.gateway.shared import Parts, Shared
+from serve_app.gateway.submission import IdempotencyKey, check_key, submit
 from serve_app.wire.answers import Outputs, ResultAnswer, StatusAnswer
 from serve_app.wire.refusals import SUBMISSION, Code, Refusal
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+
 import pytest
 
 from deployments.catalog import CATALOG, ModelSpec
+from deployments.catalog.lazy import Lazy
 
 READ_BY_LOADING = {"pipeline", "checkpoint", "parts", "load_options", "adjust", "memory_gib"}
 
@@ -24,3 +28,23 @@ def test_a_preview_changes_what_is_read_for_each_prompt(row: ModelSpec) -> None:
 
 def test_a_preview_of_flux2_diffusers_is_that_of_flux2() -> None:
     assert CATALOG["flux2_diffusers"].sampled("preview") == CATALOG["flux2"].sampled("preview")
+
+
+def test_every_name_that_a_row_defers_is_there() -> None:
+    """Import what rows name lazily: a renamed function must not wait for the first job to be missed."""
+    found: list[Lazy] = []
+
+    def walk(value: object) -> None:
+        if isinstance(value, Lazy):
+            found.append(value)
+        elif isinstance(value, Mapping):
+            for each in value.values():
+                walk(each)
+        elif is_dataclass(value):
+            for each in fields(value):
+                walk(getattr(value, each.name))
+
+    walk(CATALOG)
+    assert len(found) > len(CATALOG)
+    for lazy in set(found):
+        assert callable(lazy.load()), lazy

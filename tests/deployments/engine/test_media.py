@@ -137,7 +137,14 @@ def test_bad_base64(text: str) -> None:
 
 
 def test_what_the_gateway_needs_imports_no_torch() -> None:
-    modules = ("media", "checkpoints", "loras.header", "loras.references", "loras.dialects")
+    modules = (
+        "engine.media",
+        "engine.checkpoints",
+        "loras.format.header",
+        "loras.format.dialects",
+        "loras.sources.lora_root",
+        "spec.lora_reference",
+    )
     code = "".join(f"import deployments.{module}\n" for module in modules)
     code += "import sys\nsys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3]).returncode == 0

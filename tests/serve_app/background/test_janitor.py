@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.jobs.model import JobState
-from serve_app.background import retention as janitor
+from serve_app.background import janitor
 from tests.serve_app.conftest import Service, body, kontext_body, serving
 from tests.support.service import wait_until
 

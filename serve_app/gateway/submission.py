@@ -1,22 +1,17 @@
-"""One request becomes one row, once per idempotency key."""
+"""Stores one request as one job, once per idempotency key."""
 
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections.abc import Mapping
 from functools import partial
 from typing import Annotated
 
 from fastapi import Header
 
 from cluster.jobs.model import IdempotencyConflict, Job, NewJob
-from cluster.secrets import seal
-from deployments.spec.job import split_secrets
-from serve_app.admission.admit import check, keep_images
-from serve_app.background.webhook_sender import admit_webhook
+from serve_app.admission.admit import keep_images
+from serve_app.admission.new_job import new_job
 from serve_app.gateway.shared import Parts
-from serve_app.settings import GatewayArgs
 from serve_app.wire.refusals import Code, Refusal
 from serve_app.wire.requests import InferenceRequest
 
@@ -75,32 +70,3 @@ def _admit(request: InferenceRequest, key: str | None, tenant: str, parts: Parts
     )
     keep_images(images, parts.store)
     return job
-
-
-def new_job(
-    request: InferenceRequest,
-    settings: GatewayArgs,
-    *,
-    tenant: str,
-    idempotency_key: str | None,
-    fingerprint: str | None,
-    batch: str | None = None,
-) -> tuple[NewJob, Mapping[str, bytes]]:
-    """Return the job that a request becomes, and the control images to keep for it. Raises `Refusal`."""
-    webhook = admit_webhook(request.webhook, settings)
-    admitted, images = check(request, settings)
-    spec, queries = split_secrets(admitted)
-    secrets = {name: value for name, value in (("hf_token", request.hf_token), ("queries", queries)) if value}
-    job = NewJob(
-        id=str(uuid.uuid4()),
-        model=spec.model,
-        spec=spec.model_dump(mode="json"),
-        adapter=spec.adapter,
-        tenant=tenant,
-        idempotency_key=idempotency_key,
-        fingerprint=fingerprint,
-        secret=seal(secrets) if secrets else None,
-        webhook=webhook,
-        batch=batch,
-    )
-    return job, images
