@@ -1,1 +1,1 @@
-"""What every node shares: the job table, the object store, telemetry. It knows nothing of models."""
+"""What all nodes share: the job table, the object store and telemetry. Nothing here depends on models."""

@@ -1,4 +1,4 @@
-"""Directory entries that survive a power loss."""
+"""Makes directory entries survive a power loss."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def sync_directory(directory: Path) -> None:
-    """Write a directory's entries to disk; without it a new name may not survive a power loss."""
+    """Flush a directory to disk. Without this a power loss may lose a new file name."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""How a job can fail, by stable codes, and how the job table can be out of reach."""
+"""The stable codes of failed jobs, and the error for an unreachable job table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class FailureCode(StrEnum):
-    """Stable codes of failed jobs, in `error_code` of the status."""
+    """Stable codes of failed jobs, in the status as `error_code`."""
 
     CONTROL_IMAGE_INVALID = "CONTROL_IMAGE_INVALID"
     CONTROL_IMAGE_SHAPE = "CONTROL_IMAGE_SHAPE"
@@ -36,7 +36,7 @@ class FailureCode(StrEnum):
 
 
 class JobFailure(Exception):
-    """A job cannot be rendered; `retry` says whether another attempt may help."""
+    """A job cannot be rendered. `retry` is true if another attempt may help."""
 
     def __init__(self, code: FailureCode, message: str, *, retry: bool = False) -> None:
         super().__init__(message)
@@ -46,4 +46,4 @@ class JobFailure(Exception):
 
 
 class StoreUnavailable(Exception):
-    """The job table cannot be reached now. A write whose answer was lost may stand, as a whole."""
+    """The job table is unreachable. A write whose reply was lost may be committed, but never in part."""

@@ -1,4 +1,4 @@
-"""Secrets of a request at rest: a JSON object, encrypted with a key that only the environment holds."""
+"""Encrypts a request's secrets for storage, as a JSON object. The key is in the environment only."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from cluster.failures import FailureCode, JobFailure
 VARIABLE = "SECRET_KEY"
 
 MIN_CHARS = 32
-"""Shortest `SECRET_KEY`: it is stretched by nothing, so it has to be long and random."""
+"""Minimum length of `SECRET_KEY`. There is no key stretching, so it must be long and random."""
 
 
 def can_seal() -> bool:
-    """Return whether there is a `SECRET_KEY`; raises `ValueError` for one that is too short."""
+    """Return whether `SECRET_KEY` is set. Raises `ValueError` if it is too short."""
     return _secret_key() is not None
 
 
 def seal(values: Mapping[str, Any]) -> str:
-    """Return a JSON object encrypted, as ASCII text; raises `ValueError` without a good `SECRET_KEY`."""
+    """Encrypt a JSON object as ASCII text. Raises `ValueError` if `SECRET_KEY` is not set or too short."""
     return _fernet().encrypt(json.dumps(values).encode()).decode()
 
 
 def open_secret(ciphertext: str) -> dict[str, Any]:
-    """Return what `seal` was given.
+    """Decrypt what `seal` returned.
 
-    Raises `JobFailure` where `SECRET_KEY` is absent, too short, or not the one that sealed; it holds nothing
-    of the secret.
+    Raises `JobFailure` if `SECRET_KEY` is not set, is too short, or differs from the key used by `seal`. The
+    error contains no part of the secret.
     """
     try:
         return json.loads(_fernet().decrypt(ciphertext))
     except (InvalidToken, ValueError):
-        message = f"the request's secrets cannot be read: the worker's {VARIABLE} is not that of the gateway"
+        message = f"the request's secrets cannot be decrypted: worker and gateway need the same {VARIABLE}"
         raise JobFailure(FailureCode.SECRET_UNREADABLE, message) from None
 
 

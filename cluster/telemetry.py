@@ -1,4 +1,4 @@
-"""Logs as JSON lines, and the redaction of everything that is logged or told to a client."""
+"""Logs as JSON lines, and redacts everything that is logged or sent to a client."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import sys
 from datetime import UTC, datetime
 
 MAX_CHARS = 2000
-"""Longest text that `redact` returns."""
+"""Maximum length of the text that `redact` returns."""
 
 _WINDOW = 4 * MAX_CHARS
-"""What `redact` looks at: it bounds the time that a hostile text can cost."""
+"""`redact` reads only this much of a text, so that a hostile one cannot take long."""
 
 _SECRETS = [
-    # URLs: user and password, then the query, where presigned URLs carry their signature.
+    # URLs: user and password, then the query, which holds the signature of a presigned URL.
     (re.compile(r"(\b[a-z][a-z0-9+.-]{0,20}://)[^\s/?#]*@", re.IGNORECASE), r"\1***@"),
     (re.compile(r"(\b[a-z][a-z0-9+.-]{0,20}://[^\s?#\"'<>]*)[?#][^\s\"'<>]*", re.IGNORECASE), r"\1?***"),
     (re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]{8,}", re.IGNORECASE), r"\1 ***"),
     # Hugging Face tokens, AWS key ids.
     (re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{10,}"), r"\1_***"),
     (re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{12,}\b"), r"\1***"),
-    # name=value and "name": "value", where the name says that the value is secret.
+    # name=value and "name": "value", if the name suggests a secret.
     (
         re.compile(
             r"((?:secret|token|password|passwd|credential|signature|api[_-]?key|access[_-]?key)[\w-]{0,30}"
@@ -37,14 +37,14 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 
 def redact(text: str) -> str:
-    """Return `text` fit for logs, error texts and the store: one printable line of at most `MAX_CHARS`.
+    """Make `text` safe for logs, error messages and the store: one printable line of at most `MAX_CHARS`.
 
-    Passwords and queries of URLs, tokens and keys become `***`; what is not printable, line ends included, is
-    escaped, so that no text can forge a log line or reach a terminal as a control sequence.
+    Replaces tokens, keys, and the passwords and queries of URLs with `***`. Escapes unprintable characters
+    and line ends, so that no text can forge a log line or send control sequences to a terminal.
     """
     if len(text) > _WINDOW:
         head = text[:_WINDOW]
-        # The last word may be half of a secret.
+        # Drop the last word: it may be half of a secret.
         text = f"{head.rpartition(' ')[0] or head} …"
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
@@ -53,7 +53,7 @@ def redact(text: str) -> str:
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, `extra` fields, and the traceback by lines."""
+    """Formats a record as one line of JSON: time, level, logger, message, `extra` fields, traceback lines."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as one redacted line."""
@@ -70,8 +70,8 @@ class JsonLines(logging.Formatter):
 
 
 def configure_logging(level: str = "INFO") -> None:
-    """Log this process as JSON lines on standard error, from `level` on; replaces what was set up before."""
+    """Log JSON lines of `level` and above to standard error. Replaces any earlier logging configuration."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # Every process checks the schema; few change it.
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # Every process checks the schema, few change it.

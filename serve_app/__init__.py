@@ -1,9 +1,9 @@
-"""What clients touch: the HTTP gateway, the command line, and the builders that serve_config.yaml names.
+"""The HTTP gateway, the client, the command line, and the builders that serve_config.yaml names.
 
-Importing this package loads neither Ray nor torch: the client uses it on machines that have neither.
+Importing this package loads neither Ray nor torch, because the client also runs on machines without them.
 """
 
-# No postponed annotations here: Ray reads a builder's annotation to validate its arguments.
+# No `from __future__ import annotations`: Ray reads a builder's annotation to validate its arguments.
 from typing import TYPE_CHECKING
 
 from serve_app.settings import GatewayArgs, ModelsArgs
@@ -15,14 +15,14 @@ __all__ = ["build_gateway", "build_models"]
 
 
 def build_gateway(args: GatewayArgs) -> "Application":
-    """Build the HTTP application at `/`; stateless, on CPU."""
+    """Build the HTTP application at `/`. It is stateless and needs no GPU."""
     from serve_app.builders import gateway
 
     return gateway(args)
 
 
 def build_models(args: ModelsArgs) -> "Application":
-    """Build one worker deployment per model id of `args.models`, under a root that only binds them."""
+    """Build one worker deployment for each model id of `args.models`, bound by a root that serves nothing."""
     from serve_app.builders import models
 
     return models(args)

@@ -1,4 +1,4 @@
-"""From typed arguments to Serve applications; the only module of this package that needs Ray."""
+"""Builds Serve applications from typed arguments. Only this module of the server needs Ray."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 SMALL_CPU = 0.1
-"""CPUs that gateways and roots ask for: they must never keep a worker from its place."""
+"""CPUs of gateways and roots: small, so that they never take the place of a worker."""
 
 WORKER_CPU = 0.5
 """CPUs of a worker without a GPU."""
@@ -31,7 +31,7 @@ def gateway(args: GatewayArgs) -> Application:
     _refuse_several_nodes(args)
 
     def app() -> FastAPI:
-        # Built on the replica: a live application does not travel.
+        # Built on the replica, because a live application cannot be serialized.
         from serve_app.gateway.app import create_app
 
         configure_logging()
@@ -43,22 +43,22 @@ def gateway(args: GatewayArgs) -> Application:
 
 
 class Gateway:
-    """The gateway, also by deployment handle: `serve_app.client.ray_client` calls the same routes.
+    """The gateway, also callable by deployment handle: `serve_app.client.ray_client` uses the same routes.
 
-    They ask for the same keys. Against somebody with Ray client, who may do anything in the cluster, keys
-    protect nothing; but they say whose a job is.
+    These calls need the same keys. Anyone who has a Ray client can run code on the cluster, so there the keys
+    protect nothing; they only record who owns a job.
     """
 
     app: FastAPI
 
     async def base_url(self) -> str:
-        """Return the URL that the gateway's own URLs begin with."""
+        """Return the base URL of the gateway's URLs."""
         return self.app.state.parts.settings.base_url
 
     async def exchange(
         self, method: str, target: str, headers: list[tuple[bytes, bytes]], content: bytes
     ) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-        """Answer an HTTP request for `target`, a path with its query: status, headers, body."""
+        """Answer an HTTP request for `target`, a path with its query. Returns status, headers and body."""
         request = httpx.Request(method, f"http://gateway{target}", headers=headers, content=content)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         response = await transport.handle_async_request(request)
@@ -66,9 +66,9 @@ class Gateway:
 
 
 def models(args: ModelsArgs) -> Application:
-    """Build the application of one family: workers, and the root they hang from.
+    """Build the application of one family: its workers, and the ingress deployment (root) that binds them.
 
-    A worker is never the root: behind HAProxy a root drains late and opens an HTTP port.
+    A worker is never the root, because behind HAProxy a root drains late and opens an HTTP port.
     """
     _refuse_several_nodes(args)
     device = _device(args.device)
@@ -86,28 +86,30 @@ def models(args: ModelsArgs) -> Application:
 
 @serve.deployment(ray_actor_options={"num_cpus": SMALL_CPU})
 class _Root:
-    """Binds the workers of an application; it serves nothing."""
+    """Binds the workers of an application. It serves no requests."""
 
-    def __init__(self, *workers: Any) -> None:  # noqa: ANN401 - handles that nobody calls
+    def __init__(self, *workers: Any) -> None:  # noqa: ANN401 - handles, never called
         self._workers = workers
 
 
 def _device(wanted: str) -> str:
-    """Resolve `auto`: CUDA where the cluster has a GPU now; one that adds GPUs on demand says `cuda`."""
+    """Resolve `auto`: `cuda` if the cluster has a GPU now. If it adds GPUs on demand, set `cuda` yourself."""
     if wanted != "auto":
         return wanted
     return "cuda" if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) else "cpu"
 
 
 def _refuse_several_nodes(settings: Settings) -> None:
-    """Embedded defaults live on one disk: on several nodes each would see its own."""
+    """Refuse local storage in a cluster of several nodes: each node would see only its own disk."""
     if not ray.is_initialized() or sum(node["Alive"] for node in ray.nodes()) < 2:
         return
     if urlsplit(jobs_url(settings.jobs)).scheme.startswith("sqlite"):
         raise RuntimeError(
-            "SQLite serves one node only: on several, set JOBS_URL to postgresql://USER:PASSWORD@HOST/DATABASE"
+            "SQLite works on one node only; for several nodes, "
+            "set JOBS_URL to postgresql://USER:PASSWORD@HOST/DATABASE"
         )
     if not settings.outputs.startswith("s3://"):
         raise RuntimeError(
-            "a local output directory serves one node only: on several, set OUTPUT_BASE_PATH to s3://BUCKET/PREFIX"
+            "a local output directory works on one node only; for several nodes, "
+            "set OUTPUT_BASE_PATH to s3://BUCKET/PREFIX"
         )

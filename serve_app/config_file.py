@@ -1,4 +1,4 @@
-"""Render serve_config.yaml from the catalogue: the gateway, and one application per model family."""
+"""Renders serve_config.yaml from the catalogue: the gateway, and one application per model family."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from serve_app.deployment_options import GATEWAY_OPTIONS, HTTP_OPTIONS, worker_o
 from serve_app.settings import GatewayArgs
 
 _HEADER = """\
-# Rendered by `lora-serve config`; run with `serve run serve_config.yaml`.
-# Numbers may be edited in place; a change of args, import paths or policies restarts that application.
-# Paths, BASE_URL and DEVICE come from the environment (docs/architecture.md, "Settings").
+# Rendered by `lora-serve config`; run it with `serve run serve_config.yaml`.
+# You can edit numbers in place. A change of args, import paths or policies restarts that application.
+# Paths, BASE_URL and DEVICE come from the environment (docs/operations.md, "Settings").
 """
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes every block in full: an operator edits one model's numbers, not all of them at once."""
+    """Writes every block in full, without YAML aliases, so that each model's numbers can be edited."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True
 
 
 def render_config(models: Sequence[str]) -> str:
-    """Return the YAML text for `models`, ids of the catalogue in any order; KeyError for another id."""
+    """Return the YAML text for `models`, ids in any order. Raises `KeyError` for an unknown id."""
     rows = [CATALOG[model] for model in models]
-    # The preview of one may be rendered by another.
+    # Another model may render the previews of one.
     wanted = {row.id for row in rows} | {row.sampled("preview").id for row in rows}
     families: dict[str, list[str]] = {}
     for row in CATALOG.values():

@@ -1,4 +1,4 @@
-"""Typed builder arguments of serve_config.yaml; the environment wins over them."""
+"""Typed builder arguments of serve_config.yaml. Environment variables override them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Count = Annotated[int, Field(ge=1, le=MAX_ITEMS)]
 
 
 class Settings(RenderSettings):
-    """The settings for rendering, and the bounds of a request."""
+    """The settings for rendering, and the limits of a request."""
 
-    # By model id; one where nothing is said, as in the reference server.
+    # By model id; 1 by default, as in the reference server.
     max_loras: Annotated[dict[str, Count], AfterValidator(are_models)] = {}  # noqa: RUF012 - pydantic copies it
     max_prompts: Count = 100
     max_prompt_chars: Annotated[int, Field(ge=1)] = 10_000
@@ -24,9 +24,10 @@ class Settings(RenderSettings):
 class GatewayArgs(Settings):
     """Arguments of `build_gateway`.
 
-    `base_url` is how clients reach it, with no slash at the end. The bounds on queued jobs may be overshot by
-    requests that come at once. `retention_days` counts from a job's end; 0 keeps jobs and outputs for ever.
-    Keys are no setting: Serve logs these arguments, so `serve_app.gateway.auth` reads the environment itself.
+    `base_url` is the URL that clients use; a trailing slash is removed. Requests that arrive at the same time
+    can exceed the limits on queued jobs. `retention_days` counts from a job's end; 0 keeps jobs and outputs
+    forever. Keys are not a setting, because Serve logs these arguments: `serve_app.gateway.auth` reads them
+    from the environment.
     """
 
     base_url: Annotated[str, Field(validation_alias="BASE_URL")] = "http://127.0.0.1:8000"
@@ -43,10 +44,10 @@ class GatewayArgs(Settings):
 
 
 class RenderArgs(WorkerSettings, Settings):
-    """What `lora-serve render` keeps to: the engine of a worker behind the bounds of a gateway."""
+    """Settings of `lora-serve render`: those of a worker's engine, and the request limits of a gateway."""
 
 
 class ModelsArgs(RenderArgs):
-    """Arguments of `build_models`: the ids of one application, and what each of their workers keeps to."""
+    """Arguments of `build_models`: the model ids of one application, and the settings of their workers."""
 
     models: Annotated[tuple[str, ...], AfterValidator(are_models), Field(min_length=1)]

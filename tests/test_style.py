@@ -38,13 +38,3 @@ def test_import_loads_nothing_heavy(module: str) -> None:
 def test_the_client_needs_no_ray() -> None:
     code = "import sys, serve_app.client; sys.exit('ray' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-def test_imports_go_one_way() -> None:
-    above = {"cluster": ("deployments", "serve_app"), "deployments": ("serve_app",)}
-    for package, forbidden in above.items():
-        for source in (ROOT / package).rglob("*.py"):
-            for line in source.read_text(encoding="utf-8").splitlines():
-                words = line.split()
-                if words[:1] in (["import"], ["from"]):
-                    assert not words[1].startswith(forbidden), f"{source}: {line}"

@@ -1,1 +1,1 @@
-"""The databases that can hold the job table: transactions, clocks and change feeds."""
+"""The databases that can hold the job table: PostgreSQL and SQLite."""

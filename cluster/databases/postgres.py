@@ -1,7 +1,7 @@
 """The job table in PostgreSQL, for processes on any number of nodes.
 
-Nothing here outlives a transaction on the server but the connection that listens: no prepared statements, no
-settings of a session. So transactions may go through PgBouncer in transaction mode.
+Transactions can go through PgBouncer in transaction mode: they leave nothing on the server, neither prepared
+statements nor session settings. Only the listening connection needs a session.
 """
 
 from __future__ import annotations
@@ -30,41 +30,41 @@ from cluster.telemetry import redact
 logger = logging.getLogger(__name__)
 
 CONNECTIONS = 8
-"""Most connections of one process, each opened when a thread first needs it; one more listens."""
+"""Maximum connections per process, opened when a thread needs one. One more connection listens."""
 
 CONNECT_S = 2
-"""How long a new connection may take. With the next two a third of the default lease: a heartbeat that finds
-no server has time to try again, and to stop its job before another worker has it."""
+"""Timeout for a new connection. Together with the next two it is a third of the default lease: a heartbeat
+that finds no server can still retry, and stop its job before another worker gets it."""
 
-TURN_S = 3.0
-"""How long a thread waits for one of the process's connections."""
+POOL_WAIT_S = 3.0
+"""How long a thread waits for a free connection of the process."""
 
 ANSWER_S = 5.0
-"""How long a transaction, or a read, may take from its begin to its commit."""
+"""Time limit of a read, or of a transaction up to its commit."""
 
 MIGRATION_S = 600.0
-"""How long a change of the schema may take, building indexes and waiting for its turn."""
+"""Time limit of a schema change, including index builds and the wait for the advisory lock."""
 
-DEAF_S = 1.0
-"""While changes cannot be heard, how often watches report that there may have been some."""
+UNHEARD_REPORT_S = 1.0
+"""While the feed is disconnected, watches report a possible change this often."""
 
-HEAR_S = 0.1
-"""How often the listening thread looks whether it is to end."""
+LISTEN_POLL_S = 0.1
+"""How often the listening thread checks whether to stop."""
 
 CHANNEL = "jobs"
-"""What a transaction that changes a job's state notifies."""
+"""The LISTEN channel that is notified when jobs are queued or end."""
 
 _MIGRATIONS = 0x6C6F7261
-"""The advisory lock of `alone`, a number that nothing else in the database may use."""
+"""Number of the advisory lock of `alone`. Nothing else in the database may use it."""
 
 
 class PostgresDatabase:
-    """A job table in one PostgreSQL database, version 13 or newer."""
+    """A job table in a PostgreSQL database, version 13 or newer."""
 
     insert = staticmethod(postgresql.insert)
 
     def __init__(self, url: URL, listen_url: URL) -> None:
-        """Name the database, and the way past any connection pooler that its change feed needs."""
+        """Set the URLs. `listen_url` must bypass any connection pooler: the change feed needs a session."""
         self._engine = _engine(url, CONNECTIONS)
         self._listen_url = listen_url
         self._feed: _Feed | None = None
@@ -72,32 +72,32 @@ class PostgresDatabase:
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """Yield a connection whose statements are each a transaction of their own: one round trip."""
+        """Yield a connection for reading. Each statement is its own transaction: one round trip."""
         with _reachable(), self._engine.connect() as connection:
             _allow(connection, ANSWER_S)
             yield connection
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """Yield a connection in a transaction; on leaving it is on disk, after an error it is undone."""
+        """Yield a connection in a transaction: on disk after the block, rolled back after an error."""
         with self._transaction(ANSWER_S) as connection:
             yield connection
 
     @contextmanager
     def alone(self) -> Iterator[Connection]:
-        """As `write`, under an advisory lock and with time for changes of the schema."""
+        """Like `write`, but under an advisory lock and with time for schema changes."""
         with self._transaction(MIGRATION_S) as connection:
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATIONS})")
             yield connection
 
     def watch(self) -> PostgresWatch:
-        """Return a new watch; the first one makes the process listen."""
+        """Return a new watch. The first one starts the listening thread."""
         with self._lock:
             self._feed = self._feed or _Feed(self._listen_url)
             return PostgresWatch(self._feed)
 
     def close(self) -> None:
-        """Stop listening and close all connections that are not in use."""
+        """Stop listening and close all idle connections."""
         with self._lock:
             if self._feed is not None:
                 self._feed.close()
@@ -109,10 +109,9 @@ class PostgresDatabase:
         with _reachable(), self._engine.connect() as connection, connection.begin():
             _allow(connection, seconds)
             limit = f"{seconds * 1000:.0f}"
-            # One message. The server's own limits free what a process locks that stops in the middle. The
-            # other two settings make claims walk the index that has their order, whatever statistics say:
-            # those of a queue are absent or of another hour. (Plans without an alternative are costly on
-            # paper: no JIT.)
+            # One message for all. The server's time limits free the locks of a process that hangs. Without
+            # sorting, claims walk the index that has their order, whatever the statistics say: those of a
+            # queue are missing or outdated. Such plans look expensive, so they would trigger the JIT.
             connection.exec_driver_sql(
                 "BEGIN ISOLATION LEVEL READ COMMITTED;"
                 f"SET LOCAL statement_timeout = {limit};"
@@ -124,7 +123,7 @@ class PostgresDatabase:
 
 
 class _Connection(psycopg.Connection[Any]):
-    """A connection that gives up at the time `until`; the driver itself waits for ever."""
+    """A connection that gives up at the monotonic time `until`. The driver alone would wait forever."""
 
     until = math.inf
 
@@ -132,7 +131,7 @@ class _Connection(psycopg.Connection[Any]):
         return super().wait(self._in_time(gen), *args, **options)
 
     def _in_time(self, gen: PQGen[Any]) -> PQGen[Any]:
-        """Run `gen`. A turn without news comes about every 0.1 s."""
+        """Run `gen` until the deadline. Without I/O the driver resumes it about every 0.1 s."""
         try:
             wanted = next(gen)
             while True:
@@ -149,7 +148,7 @@ def _engine(url: URL, connections: int) -> Engine:
     engine = create_engine(
         url.set(drivername="postgresql+psycopg"),
         connect_args={
-            "autocommit": True,  # Transactions begin where we say so.
+            "autocommit": True,  # We send BEGIN ourselves.
             "prepare_threshold": None,
             "connect_timeout": CONNECT_S,
             "tcp_user_timeout": int(ANSWER_S * 1000),
@@ -160,9 +159,9 @@ def _engine(url: URL, connections: int) -> Engine:
         },
         pool_size=connections,
         max_overflow=0,
-        pool_timeout=TURN_S,
+        pool_timeout=POOL_WAIT_S,
         json_serializer=partial(json.dumps, allow_nan=False),
-        hide_parameters=True,  # Prompts, in the texts of errors.
+        hide_parameters=True,  # Error messages would contain prompts.
     )
     event.listen(engine, "do_connect", _connect)
     return engine
@@ -185,7 +184,7 @@ def _allow(connection: Connection, seconds: float) -> None:
 
 @contextmanager
 def _reachable() -> Iterator[None]:
-    """Turn an absent, hung, busy, full or read-only server into `StoreUnavailable`."""
+    """Raise `StoreUnavailable` if the server is down, hung, busy, full or read-only."""
     try:
         yield
     except (OperationalError, InterfaceError, InternalError) as error:
@@ -195,13 +194,13 @@ def _reachable() -> Iterator[None]:
 
 
 def _unavailable(cause: BaseException | None) -> StoreUnavailable:
-    """Tell the cause in one line; the others are the server's advice."""
-    told = str(cause).partition("\n")[0]
-    return StoreUnavailable(f"the job table cannot be reached: {redact(told)}")
+    """Build the error from the first line of `cause`; the other lines are hints from the server."""
+    first_line = str(cause).partition("\n")[0]
+    return StoreUnavailable(f"the job table cannot be reached: {redact(first_line)}")
 
 
 class _Feed:
-    """Listens for all watches of a process, on one connection and one thread."""
+    """Listens for all watches of a process, with one connection and one thread."""
 
     def __init__(self, url: URL) -> None:
         self.news = threading.Condition()
@@ -214,7 +213,7 @@ class _Feed:
         self._tried.wait(CONNECT_S + ANSWER_S)
 
     def close(self) -> None:
-        """Stop listening; blocks until the connection is closed."""
+        """Stop listening. Blocks until the connection is closed."""
         self._closing.set()
         self._thread.join()
         self._engine.dispose()
@@ -228,30 +227,30 @@ class _Feed:
                     finally:
                         connection.invalidate()
             except StoreUnavailable as error:
-                logger.warning("changes of jobs are not heard: %s", error)
+                logger.warning("not listening for job changes, retrying: %s", error)
                 self._tried.set()
-                self._closing.wait(DEAF_S)
-                self._tell()
+                self._closing.wait(UNHEARD_REPORT_S)
+                self._notify()
 
     def _listen(self, connection: Connection) -> None:
         bare = _bare(connection)
         bare.execute(f"LISTEN {CHANNEL}")
         bare.until = math.inf
-        # Whatever was committed before was not heard.
-        self._tell()
+        # Commits before LISTEN were missed.
+        self._notify()
         self._tried.set()
         while not self._closing.is_set():
-            for _ in bare.notifies(timeout=HEAR_S, stop_after=1):
-                self._tell()
+            for _ in bare.notifies(timeout=LISTEN_POLL_S, stop_after=1):
+                self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         with self.news:
             self.count += 1
             self.news.notify_all()
 
 
 class PostgresWatch:
-    """One thread's view of the process's feed."""
+    """One thread's watch on the process's feed."""
 
     def __init__(self, feed: _Feed) -> None:
         self._feed = feed
@@ -260,7 +259,7 @@ class PostgresWatch:
         self._closed = False
 
     def wait(self, timeout: float) -> bool:
-        """Block up to `timeout` seconds; True as soon as a job was queued or has ended since the last."""
+        """Return True once a job was queued or has ended since the last call, False after `timeout` s."""
         with self._feed.news:
             self._feed.news.wait_for(lambda: self._closed or self._changed, timeout)
             changed = not self._closed and self._changed
@@ -272,13 +271,13 @@ class PostgresWatch:
         return self._woken or self._feed.count != self._seen
 
     def wake(self) -> None:
-        """Let the thread that waits, or the next one, return True."""
+        """Make the current or next `wait` return True."""
         with self._feed.news:
             self._woken = True
             self._feed.news.notify_all()
 
     def close(self) -> None:
-        """End the watch; a thread that waits returns False."""
+        """End the watch. A waiting thread returns False."""
         with self._feed.news:
             self._closed = True
             self._feed.news.notify_all()

@@ -21,67 +21,69 @@ from sqlalchemy.exc import TimeoutError as NoConnection
 from cluster.failures import StoreUnavailable
 
 BUSY_S = 5.0
-"""How long a write of another process, or a turn for a connection, is waited for before the table counts as
-away."""
+"""How long to wait for another process's write, or for a free connection, before the table counts as
+unreachable."""
 
 READERS = 8
-"""Connections for reading that the threads of one process share; one more writes."""
+"""Connections for reading, shared by the threads of a process. One more connection writes."""
 
-TURN_S = 0.001
-"""How often a process that waits to write looks whether it can. SQLite's own waiting backs off to 0.1 s; with
-four processes that write without a pause it kept one out for 2.6 s, this for 0.2 s (measured)."""
+RETRY_LOCK_S = 0.001
+"""How often a process that waits for the write lock retries. SQLite itself backs off to 0.1 s. With four
+processes writing without a pause, one waited 2.6 s that way and 0.2 s this way (measured)."""
 
 POLL_S = 0.02
-"""How often a watch looks at SQLite's change counter; a look costs some microseconds."""
+"""How often a watch reads SQLite's change counter. One read takes a few microseconds."""
 
 
 class SqliteDatabase:
     """A job table in one SQLite file, for the processes of one machine."""
 
     insert = staticmethod(sqlite.insert)
-    """The dialect's own INSERT, which knows ON CONFLICT."""
+    """The dialect's INSERT, which supports ON CONFLICT."""
 
     def __init__(self, file: Path) -> None:
-        """Name the file, absolute; its directory is made, the file comes with the first write."""
+        """Create the directory of `file`, an absolute path. SQLite creates the file itself."""
         self._file = file
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreUnavailable(f"the job table's directory cannot be made: {error.strerror}") from error
+            raise StoreUnavailable(
+                f"the job table's directory cannot be created: {error.strerror}"
+            ) from error
         self._reader = _engine(file, READERS)
-        # SQLite has one writer at a time: threads take turns for its connection, processes in `_begin`.
+        # SQLite allows one writer at a time. Threads share this connection; processes wait in `_begin`.
         self._writer = _engine(file, 1)
-        event.listen(self._writer, "connect", _wait_by_ourselves)
+        event.listen(self._writer, "connect", _disable_busy_timeout)
         event.listen(self._writer, "begin", _begin)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """Yield a connection whose statements each see the newest commit and wait for no writer."""
+        """Yield a connection for reading. Each statement sees the newest commit and waits for no writer."""
         with _reachable(), self._reader.connect() as connection:
             yield connection
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """Yield a connection in a transaction that is alone in writing; on leaving it is on disk."""
+        """Yield a connection in a transaction, the only one that writes. It is on disk after the block."""
         with _reachable(), self._writer.begin() as connection:
             yield connection
 
     alone = write
-    """SQLite lets one transaction write at a time."""
+    """The same as `write`: SQLite allows only one writing transaction at a time."""
 
     def watch(self) -> SqliteWatch:
-        """Return a new watch of the file."""
+        """Return a new watch on the file."""
         return SqliteWatch(self._file)
 
     def close(self) -> None:
-        """Close all connections that are not in use."""
+        """Close all idle connections."""
         self._reader.dispose()
         self._writer.dispose()
 
 
 @contextmanager
 def _reachable() -> Iterator[None]:
-    """Turn a locked, absent, full or unreadable store into `StoreUnavailable`."""
+    """Raise `StoreUnavailable` if the file is locked, missing or unreadable, or the disk is full."""
     try:
         yield
     except OperationalError as error:
@@ -98,32 +100,32 @@ def _engine(file: Path, connections: int) -> Engine:
         max_overflow=0,
         pool_timeout=BUSY_S,
         json_serializer=partial(json.dumps, allow_nan=False),
-        hide_parameters=True,  # Prompts, in the texts of errors.
+        hide_parameters=True,  # Error messages would contain prompts.
     )
     event.listen(engine, "connect", _prepare)
     return engine
 
 
 def _prepare(connection: sqlite3.Connection, _record: Any) -> None:  # noqa: ANN401
-    """Set up a new connection: transactions begin where we say so, and a commit survives a power loss."""
+    """Set up a new connection: we send BEGIN ourselves, and a commit survives a power loss."""
     connection.isolation_level = None
-    _patiently(connection, "PRAGMA journal_mode = WAL")
+    _execute_when_free(connection, "PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
 
 
-def _wait_by_ourselves(connection: sqlite3.Connection, _record: Any) -> None:  # noqa: ANN401
+def _disable_busy_timeout(connection: sqlite3.Connection, _record: Any) -> None:  # noqa: ANN401
     connection.execute("PRAGMA busy_timeout = 0")
 
 
 def _begin(connection: Connection) -> None:
-    """Begin with the write lock: one wanted later, after a read, could not be waited for."""
+    """Take the write lock at once. SQLite does not wait for it after a read in the same transaction."""
     bare: Any = connection.connection.driver_connection
-    _patiently(bare, "BEGIN IMMEDIATE")
+    _execute_when_free(bare, "BEGIN IMMEDIATE")
 
 
-def _patiently(connection: sqlite3.Connection, statement: str) -> None:
-    """Execute a statement as soon as its lock is free; SQLite itself does not wait for a change of mode."""
+def _execute_when_free(connection: sqlite3.Connection, statement: str) -> None:
+    """Execute a statement, retrying while its lock is held. SQLite does not wait when the mode changes."""
     end = time.monotonic() + BUSY_S
     while True:
         try:
@@ -132,11 +134,11 @@ def _patiently(connection: sqlite3.Connection, statement: str) -> None:
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
                 raise
-        time.sleep(TURN_S)
+        time.sleep(RETRY_LOCK_S)
 
 
 class SqliteWatch:
-    """Polls the counter that SQLite raises when another connection commits."""
+    """Polls the counter that SQLite increments when another connection commits."""
 
     def __init__(self, file: Path) -> None:
         self._closed = threading.Event()
@@ -148,7 +150,7 @@ class SqliteWatch:
         self._seen = self._version()
 
     def wait(self, timeout: float) -> bool:
-        """Block up to `timeout` seconds; True as soon as something was committed since the last True."""
+        """Return True once something was committed since the last True, False after `timeout` seconds."""
         end = time.monotonic() + timeout
         while not self._closed.is_set():
             version = self._version()
@@ -163,11 +165,11 @@ class SqliteWatch:
         return False
 
     def wake(self) -> None:
-        """Let the thread that waits, or the next one, return True at its next look."""
+        """Make the current or next `wait` return True at its next poll."""
         self._woken.set()
 
     def close(self) -> None:
-        """Close the connection; a thread that waits returns False."""
+        """Close the connection. A waiting thread returns False."""
         with self._lock:
             self._closed.set()
             self._connection.close()

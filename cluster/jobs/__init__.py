@@ -1,1 +1,1 @@
-"""The job table: what a job is, how it is stored, claimed, moved between states and reported."""
+"""The job table: how jobs are stored, claimed, moved between states and reported."""

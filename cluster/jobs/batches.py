@@ -1,6 +1,6 @@
-"""Batches: the jobs that a tenant submitted under one name, told of, canceled and retried together.
+"""Batches: reports on, cancels and retries all jobs that a tenant submitted under one batch name.
 
-A batch has no row of its own: it is there while one of its jobs is.
+A batch has no row. It exists as long as one of its jobs does.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from cluster.jobs.schema import job_outputs, jobs
 from cluster.jobs.transitions import job_of, literal_state, move
 
 SLICE = 1000
-"""Jobs that one transaction changes: it must end within the time that a database gives it."""
+"""Maximum jobs changed per transaction, which must end within the database's time limit."""
 
 
 class Batches:
-    """What the queue of `database` knows of batches; every method raises `StoreUnavailable`."""
+    """The batches in `database`. Every method raises `StoreUnavailable` if it is unreachable."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def counts(self, tenant: str, batch: str) -> dict[JobState, int]:
-        """Return how many jobs of the batch are in each state: 0 everywhere where there is no such batch."""
+        """Return the number of the batch's jobs in each state. All are 0 if there is no such batch."""
         counted = select(jobs.c.state, func.count()).where(_in(tenant, batch)).group_by(jobs.c.state)
         with self._database.read() as connection:
             found: dict[str, int] = dict(connection.execute(counted).all())
         return {state: found.get(state, 0) for state in JobState}
 
     def page(self, tenant: str, batch: str, *, after: int, limit: int) -> Sequence[Job]:
-        """Return at most `limit` jobs of the batch as submitted, oldest first, with a `seq` above `after`.
+        """Return at most `limit` jobs of the batch with a `seq` above `after`, in order of submission.
 
-        Each state is a walk of its own along the index, which has the state before the order.
+        Walks the index once per state, because the index sorts by state first.
         """
         wanted = select(jobs.c.seq).where(_in(tenant, batch), jobs.c.seq > after)
         walks = [
@@ -50,7 +50,7 @@ class Batches:
             return [job_of(row) for row in connection.execute(page).mappings()]
 
     def outputs(self, found: Sequence[Job]) -> Mapping[str, Sequence[Mapping[str, Any]]]:
-        """Return the outputs recorded for each of the jobs, by its id, in the order of its prompts."""
+        """Return the recorded outputs of each job by job id, in the order of its prompts."""
         recorded = select(job_outputs.c.job_id, job_outputs.c.output)
         recorded = recorded.where(job_outputs.c.job_id.in_([job.id for job in found]))
         outputs: dict[str, list[Mapping[str, Any]]] = {job.id: [] for job in found}
@@ -60,18 +60,18 @@ class Batches:
         return outputs
 
     def stored(self, tenant: str, keys: Sequence[str]) -> list[Job]:
-        """Return the tenant's jobs that hold these idempotency keys, in the order of the keys."""
+        """Return the tenant's jobs with these idempotency keys, in the order of the keys."""
         wanted = select(jobs).where(jobs.c.tenant == tenant, jobs.c.idempotency_key.in_(keys))
         with self._database.read() as connection:
             rows = {row["idempotency_key"]: row for row in connection.execute(wanted).mappings()}
         return [job_of(rows[key]) for key in keys if key in rows]
 
     def cancel(self, tenant: str, batch: str) -> None:
-        """Cancel what is queued of the batch and ask the workers of what runs; what has ended stays."""
-        # Before and after: a job may begin, or go back to the queue, in between.
+        """Cancel the queued jobs of the batch, and ask workers to stop its running jobs."""
+        # Before and after, because a job may start, or go back to the queue, in between.
         self._ask_running(tenant, batch)
         queued = select(jobs.c.seq).where(_in(tenant, batch), jobs.c.state == JobState.IN_QUEUE)
-        # Locked in one order, so that two of these never wait for one another.
+        # Always lock in the same order, so that two calls cannot deadlock.
         some = queued.order_by(jobs.c.seq).limit(SLICE).with_for_update()
         while True:
             with self._database.write() as connection:
@@ -88,9 +88,9 @@ class Batches:
             connection.execute(running.values(cancel_requested=True))
 
     def retry(self, tenant: str, batch: str, limit: int) -> int:
-        """Put new jobs in the place of at most `limit` failed ones, the oldest first; return how many.
+        """Replace at most `limit` failed jobs by new ones, oldest first. Return how many.
 
-        Those that failed stay as they ended, outside of the batch, so each is retried once, whoever asks.
+        The failed jobs stay in the table but leave the batch, so concurrent calls retry each only once.
         """
         failed = select(jobs.c.seq).where(_in(tenant, batch), jobs.c.state == JobState.FAILED)
         some = failed.order_by(jobs.c.seq).limit(limit).with_for_update()

@@ -1,4 +1,4 @@
-"""How busy each model is, read from the job table by one background thread per process and table."""
+"""Reads the load of each model from the job table, in one background thread per process and table."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from cluster.jobs.queue import JobQueue
 logger = logging.getLogger(__name__)
 
 READ_S = 0.25
-"""Pause between two readings."""
+"""Pause between two reads."""
 
 STALE_S = 5.0
-"""Age at which a reading no longer counts: the table is away."""
+"""Age at which a read no longer counts, because the table is unreachable."""
 
 DEPLOYED_S = 10.0
-"""How long a model counts as deployed here after its policy has asked; Serve asks several times a second.
-With no model deployed the table is not read."""
+"""How long a model counts as deployed after its policy last called `latest`. Serve runs each policy several
+times per second. While no model is deployed, the table is not read."""
 
 
 class LoadReader:
-    """The latest depths of all models, never waited for."""
+    """Holds the latest depths of all models, so that callers never wait for a read."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -36,10 +36,10 @@ class LoadReader:
         threading.Thread(target=self._loop, name="load-reader", daemon=True).start()
 
     def latest(self, model: str) -> Mapping[str, Depth] | None:
-        """Depth by id of the models that are deployed, idle ones absent; None while the table cannot be read.
+        """Return the depths of deployed models by id, without idle ones. None while the table is unreachable.
 
-        Asked for by the policy of `model`, which is deployed therefore. Jobs of a model that is not wait for
-        nobody: they must not make others yield.
+        The policy of `model` calls this, so `model` counts as deployed. Models that are not deployed are left
+        out: nobody can run their jobs, so other models must not yield to them.
         """
         now = time.monotonic()
         self._asked[model] = self._wanted_at = now
@@ -56,7 +56,7 @@ class LoadReader:
                     queue = queue or JobQueue(self._url)
                     self._depths, self._read_at = queue.depths(), time.monotonic()
             except StoreUnavailable:
-                logger.warning("the job table is away; replica counts stay as they are")
+                logger.warning("the job table is unreachable, so replica counts stay as they are")
                 time.sleep(STALE_S)
             time.sleep(READ_S)
 
@@ -66,7 +66,7 @@ _lock = threading.Lock()
 
 
 def load_reader(url: str) -> LoadReader:
-    """Return this process's reader of the job table at `url`; the first call starts it."""
+    """Return this process's reader of the job table at `url`. The first call starts it."""
     with _lock:
         if url not in _readers:
             _readers[url] = LoadReader(url)

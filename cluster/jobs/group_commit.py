@@ -1,4 +1,4 @@
-"""Submissions of many threads in few transactions: a commit waits for the disk, however much is in it."""
+"""Stores the submissions of many threads in few transactions, because each commit waits for the disk."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class _Submission:
 
     @property
     def order(self) -> list[tuple[str, str]]:
-        """Its idempotency keys, sorted."""
+        """The submission's tenants and idempotency keys, sorted."""
         return sorted((job.tenant, job.idempotency_key) for job in self.new if job.idempotency_key)
 
 
 class GroupCommit:
-    """Stores submissions on a thread of its own: what comes in during one commit is in the next.
+    """Stores submissions on its own thread. Submissions that arrive during a commit join the next one.
 
-    Callers only wait. One that stops waiting takes nothing along: its jobs are stored all the same, as those
-    of a client that does not read the answer, unless it cancels its future before their commit has begun.
+    If a caller stops waiting, its jobs are still stored. Only if it cancels the future before the commit
+    starts are they dropped.
     """
 
     def __init__(self, database: Database) -> None:
@@ -38,7 +38,7 @@ class GroupCommit:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="group-commit")
 
     def submit(self, new: Sequence[NewJob]) -> Future[list[Job]]:
-        """Store all of these jobs or none, as `submission.store`; on disk when the future is done."""
+        """Store all of these jobs or none, as `submission.store` does. A finished future means on disk."""
         mine = _Submission(new)
         with self._lock:
             first = not self._waiting
@@ -56,7 +56,7 @@ class GroupCommit:
 
     def _commit(self, group: Sequence[_Submission]) -> None:
         try:
-            # Two processes that store the same keys must not wait for one another: both sort.
+            # Sorted, so that two processes that store the same keys cannot deadlock.
             ordered = sorted(group, key=lambda each: each.order)
             with self._database.write() as connection:
                 new = [job for each in ordered for job in each.new]
@@ -66,7 +66,7 @@ class GroupCommit:
                 for each in group:
                     each.stored.set_exception(error)
             else:
-                # One is at fault, and must not fail the others.
+                # One submission is at fault: commit each alone, so that the others succeed.
                 for each in group:
                     self._commit([each])
         else:

@@ -1,4 +1,4 @@
-"""What no worker can do for its jobs: bring back the lost, end those that run too long, forget the old."""
+"""Housekeeping: requeues lost jobs, fails overdue ones and deletes old ones."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from cluster.jobs.transitions import again_or_failed, end_run, literal_state
 
 
 def sweep(connection: Connection, *, max_attempts: int, run_timeout_s: float, presence_s: float) -> int:
-    """Do what is due, in the caller's transaction; return how many jobs moved, 0 if another process is at it.
+    """Requeue lost jobs and fail overdue ones, in the caller's transaction. Return how many jobs moved.
 
-    A run whose lease has ended is queued again until its attempts are used up; one past its deadline fails;
-    both end canceled where the client asked for it. Replicas not seen for `presence_s` seconds are forgotten.
+    A job whose lease has expired is queued again, or fails once its attempts are used up. A job past its
+    deadline fails. If the client requested cancellation, either is canceled instead. Replicas not seen for
+    `presence_s` seconds are deleted. Returns 0 if another process is sweeping.
     """
     turn = select(locks.c.name).where(locks.c.name == "janitor").with_for_update(skip_locked=True)
     if connection.scalar(turn) is None:
         return 0
-    # Leases first: a run that was lost, and noticed only after its deadline, deserves its next attempt.
+    # Leases first: a lost run gets its next attempt even if its deadline has passed by now.
     lost = end_run(
         connection,
         again_or_failed(max_attempts),
@@ -41,13 +42,13 @@ def sweep(connection: Connection, *, max_attempts: int, run_timeout_s: float, pr
 
 
 def expired(connection: Connection, older_than_s: float, limit: int) -> Sequence[str]:
-    """Return the ids of at most `limit` jobs that ended `older_than_s` seconds ago or earlier."""
+    """Return the ids of at most `limit` jobs that ended at least `older_than_s` s ago, oldest first."""
     old = select(jobs.c.id).where(jobs.c.finished_at <= now() - older_than_s)
     return list(connection.scalars(old.order_by(jobs.c.finished_at).limit(limit)))
 
 
 def forget(connection: Connection, job_ids: Collection[str]) -> int:
-    """Delete those of the jobs that are at their end, with outputs and events; return how many."""
+    """Delete those of the jobs that have ended, with their outputs and events. Return how many."""
     ended = delete(jobs).where(jobs.c.id.in_(job_ids), jobs.c.finished_at.is_not(None)).returning(jobs.c.id)
     gone = list(connection.scalars(ended))
     connection.execute(delete(job_events).where(job_events.c.job_id.in_(gone)))

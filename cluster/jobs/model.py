@@ -1,4 +1,4 @@
-"""What a job is: its states and legal transitions, and the records that travel between queue and callers."""
+"""What a job is: its states, their legal transitions, and the records that queue and callers exchange."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class JobState(StrEnum):
-    """The states on the wire, as the reference server names them."""
+    """The states of a job, with the names of the reference server, as in the API."""
 
     IN_QUEUE = "in_queue"
     IN_PROGRESS = "in_progress"
@@ -19,7 +19,7 @@ class JobState(StrEnum):
 
     @property
     def terminal(self) -> bool:
-        """Whether a job in this state never changes again."""
+        """True if a job in this state never changes again."""
         return not TRANSITIONS[self]
 
 
@@ -35,7 +35,7 @@ TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
 
 
 class Phase(StrEnum):
-    """What a worker is doing for a job; each phase has its own stall limit."""
+    """What a worker is doing for a job. Each phase has its own stall limit."""
 
     FETCH = "fetch"
     LOAD = "load"
@@ -47,7 +47,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewWebhook:
-    """Where to tell that a job has ended in one of the states `events`; `secret` is the query, encrypted."""
+    """The URL to notify when a job ends in one of the states `events`. `secret` is its query, encrypted."""
 
     url: str
     events: tuple[JobState, ...]
@@ -55,18 +55,19 @@ class NewWebhook:
 
 
 OPEN_TENANT = ""
-"""The owner of every job while the service is open, without API keys."""
+"""The tenant of every job if the service is open, that is, without API keys."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewJob:
     """What admission hands to the queue.
 
-    `spec` is JSON and opaque to this layer; `adapter` names the LoRA set of the job, so that claims can
-    prefer replicas that already hold it. `tenant` is the owner of the job and of its idempotency key
-    (empty while the service is open), `fingerprint` the hash of the request body behind that key. `secret` is
-    ciphertext for the job's worker alone, erased when the job has come to its end. `batch` names what it was
-    submitted together with, among the tenant's jobs.
+    - `spec` is JSON and opaque to this layer.
+    - `adapter` identifies the job's LoRA set, so that claims can prefer replicas that already hold it.
+    - `tenant` owns the job and its idempotency key. It is empty if the service is open.
+    - `fingerprint` is the hash of the request body that the idempotency key stands for.
+    - `secret` is ciphertext for the job's worker. It is erased when the job ends.
+    - `batch` is the name of the job's batch, unique per tenant.
     """
 
     id: str
@@ -83,7 +84,7 @@ class NewJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a running job is: prompt and step count from 0, `steps` is of the current prompt."""
+    """The progress of a running job. `prompt` and `step` count from 0; `steps` is for the current prompt."""
 
     prompt: int
     prompts: int
@@ -94,7 +95,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobSummary:
-    """How a job is doing. Times are seconds since the epoch on the database's clock."""
+    """A job without its spec and result. Times are seconds since the epoch on the database's clock."""
 
     id: str
     seq: int
@@ -114,7 +115,7 @@ class JobSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job(JobSummary):
-    """One row of the job table, with what it renders and what came of it."""
+    """A job as stored in the table, with its spec and result."""
 
     spec: Mapping[str, Any]
     adapter: str
@@ -126,10 +127,10 @@ class Job(JobSummary):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """A lease on a job: writes under it carry owner and epoch, and are refused once either changed.
+    """A lease on a job. Writes under it name owner and epoch, and are refused once either has changed.
 
-    `done` are the indexes of prompts whose outputs an earlier attempt recorded: they are not rendered again.
-    `secret` is that of the `NewJob`.
+    `done` holds the indexes of prompts that need no rendering, because an earlier attempt recorded their
+    outputs. `secret` is that of the `NewJob`.
     """
 
     job: Job
@@ -141,7 +142,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """What a worker learns at each heartbeat of a claim that it still holds."""
+    """The reply to a heartbeat of a claim that is still valid."""
 
     cancel_requested: bool
     timed_out: bool
@@ -149,7 +150,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobEvent:
-    """One line of the append-only history of a job; `id` grows with every change of the job."""
+    """One entry in the append-only history of a job. `id` grows with each state change."""
 
     id: int
     job_id: str
@@ -161,7 +162,7 @@ class JobEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Depth:
-    """The load of one model: jobs, replicas seen alive, and the age in seconds of the oldest queued job."""
+    """The load of one model: jobs, live replicas, and the age of the oldest queued job in seconds."""
 
     queued: int
     running: int
@@ -170,8 +171,8 @@ class Depth:
 
 
 class LeaseLost(Exception):
-    """The claim is no longer this worker's: its writes are refused."""
+    """The worker no longer holds the claim, so the write was refused."""
 
 
 class IdempotencyConflict(Exception):
-    """The idempotency key was used before with another request body."""
+    """The idempotency key was already used with a different request body."""

@@ -1,4 +1,4 @@
-"""Opens the job table for processes that Serve starts, however long its database is away."""
+"""Opens the job table in processes started by Serve, and waits as long as the database is unreachable."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from cluster.jobs.queue import JobQueue
 logger = logging.getLogger(__name__)
 
 RETRY_S = 1.0
-"""Pause between two tries."""
+"""Pause between two attempts."""
 
 
 def open_queue(url: str, *, lease_s: float = 30.0, run_timeout_s: float = 3600.0) -> JobQueue:
-    """Return the queue at `url` as soon as its database can be reached; blocks until then.
+    """Return the queue at `url`. Blocks until its database is reachable.
 
-    Serve gives up for good a deployment whose first replicas fail to start, so an absent database must not
-    be a failure. The arguments are those of `JobQueue`. Raises `ValueError` for a URL that is not supported.
+    Serve permanently gives up on a deployment whose first replicas fail to start, so a missing database must
+    not make them fail. The arguments are those of `JobQueue`. Raises `ValueError` for an unsupported URL.
     """
     while True:
         try:

@@ -1,4 +1,4 @@
-"""The job queue: what gateways and workers do to the job table."""
+"""The job queue: all operations of gateways and workers on the job table."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from cluster.telemetry import redact
 class JobQueue(Reports):
     """The durable queue behind one URL, shared by the threads of a process.
 
-    Every method is one transaction, on disk when it returns, and raises `StoreUnavailable` when the table
-    cannot be reached. Writes under a claim raise `LeaseLost`, and change nothing, once the run that was
-    claimed is over: swept, released, claimed anew or ended. A lease that has ended without a sweep is still
-    the worker's: nobody else can have the job, and a late renewal saves the work. Whatever stops a run takes
-    its job out of `in_progress` first, so the state and the epoch are the whole fence.
+    Every write is on disk when its method returns. Every method raises `StoreUnavailable` if the table is
+    unreachable. Writes under a claim raise `LeaseLost` and change nothing once the claimed run is over:
+    swept, released, claimed again or ended. Until a sweep, an expired lease still belongs to the worker:
+    nobody else can get the job, and a late renewal saves the work. Whatever stops a run first takes its job
+    out of `in_progress`, so checking state and epoch is enough to reject stale writes.
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class JobQueue(Reports):
     ) -> None:
         """Open the table and bring its schema up to date.
 
-        `lease_s` is how long a claim and a replica's presence hold without renewal, `run_timeout_s` bounds
-        one run, and jobs older than `age_bound_s` go first; all in seconds. Raises `ValueError` for a URL
-        that is not supported.
+        All times are in seconds. A claim, and a replica's presence, last `lease_s` without renewal. A run may
+        take `run_timeout_s`. Jobs older than `age_bound_s` go first. Raises `ValueError` for an unsupported
+        URL.
         """
         super().__init__(open_database(url), presence_s=lease_s)
         self._lease_s = lease_s
@@ -63,32 +63,32 @@ class JobQueue(Reports):
         self._database.close()
 
     def watch(self) -> Watch:
-        """Return a watch of the whole table, for one thread."""
+        """Return a watch on the whole table, for one thread."""
         return self._database.watch()
 
     # --- Clients ---
 
     def submit(self, new: Sequence[NewJob]) -> list[Job]:
-        """Store all jobs or none; return them in order, the earlier job where an idempotency key is known.
+        """Store all jobs or none. Return them in order; a known idempotency key returns the earlier job.
 
-        Submissions of several threads share transactions, each with its own outcome. Raises
-        `IdempotencyConflict` if the job behind a key has another fingerprint.
+        Submissions of several threads share transactions, but each succeeds or fails alone. Raises
+        `IdempotencyConflict` if the earlier job has a different fingerprint.
         """
         return self.submit_soon(new).result() if new else []
 
     def submit_soon(self, new: Sequence[NewJob]) -> Future[list[Job]]:
-        """As `submit`, without waiting: the future is done when the jobs are on disk, or has its errors."""
+        """Like `submit`, without waiting. The future ends when the jobs are on disk, or with an error."""
         return self._submissions.submit(new)
 
     def submit_again(self, failed: Job) -> Job:
-        """Store a new job for what failed, outside of any batch; its secret is gone."""
+        """Store a new job with the spec of a failed one, without batch and secret."""
         with self._database.write() as connection:
             return submission.store_again(connection, self._database.insert, [failed], batch=None)[0]
 
     def cancel(self, job_id: str) -> tuple[Job, bool] | None:
-        """Cancel a queued job, or ask the worker of a running one to stop; None if the id is unknown.
+        """Cancel a queued job, or ask the worker of a running one to stop. None if the id is unknown.
 
-        The second value tells whether the job was still to be canceled; one that has ended is left as it is.
+        The second value is False if the job had already ended; it is not changed then.
         """
         with self._database.write() as connection:
             return cancel(connection, job_id)
@@ -96,13 +96,13 @@ class JobQueue(Reports):
     # --- Workers ---
 
     def announce(self, owner: str, model: str, warm: Collection[str]) -> None:
-        """Record that a replica is alive and which adapters it holds; those of its running jobs are added."""
+        """Record that a replica is alive and holds `warm` and the adapters of its running jobs."""
         with self._database.write() as connection:
             held = claims.adapters_running(connection, owner) | set(warm)
             claims.announce(connection, self._database.insert, owner, model, held)
 
     def withdraw(self, owner: str) -> None:
-        """Forget a replica and what it held. Its claims stay as they are."""
+        """Delete a replica and the record of its adapters. Does not change its claims."""
         with self._database.write() as connection:
             connection.execute(delete(workers).where(workers.c.owner == owner))
 
@@ -115,11 +115,11 @@ class JobQueue(Reports):
         patience_s: float = 1.0,
         offer: claims.Offer = claims.take_any,
     ) -> Claim | None:
-        """Take the next job for a replica that holds the adapters `warm`; None if there is none for it now.
+        """Claim the next job for a replica that holds the adapters `warm`. None if there is none now.
 
-        The order is that of `claims.next_job`; `offer` may pass jobs over. A claim also announces the
-        replica, with `warm`, the adapter of the job, and those that `offer` says are on their way. A job may
-        become claimable by time alone, after back-off or patience, which no watch reports.
+        The order is that of `claims.next_job`, and `offer` may refuse jobs. A claim also announces the
+        replica with `warm`, the job's adapter and those that `offer` is fetching. Watches do not report jobs
+        that become claimable through time alone, after back-off or patience.
         """
         if not self._anything_ready(model):
             return None
@@ -128,19 +128,19 @@ class JobQueue(Reports):
             order = {"age_bound_s": self._age_bound_s, "patience_s": patience_s}
             chosen, coming = claims.choose(connection, model, owner, offer, **order)
             if chosen is None and coming <= set(warm):
-                # Nothing is committed, so that nobody wakes who would look in vain and wake others.
+                # Commit nothing: on SQLite a commit wakes the other replicas, which then wake others.
                 connection.rollback()
                 return None
             claims.record_held(connection, self._database.insert, owner, coming)
             return None if chosen is None else self._take(connection, owner, chosen)
 
     def _anything_ready(self, model: str) -> bool:
-        """Look without the write lock, for which idle replicas, who look often, must not queue."""
+        """Check without the write lock. Idle replicas poll often and must not queue for it."""
         with self._database.read() as connection:
             return bool(connection.scalar(select(claims.anything_ready(model))))
 
     def _take(self, connection: Connection, owner: str, seq: int) -> Claim:
-        """Claim a job that this transaction has locked."""
+        """Claim the job `seq`, which this transaction has locked."""
         (job,) = move(
             connection,
             JobState.IN_QUEUE,
@@ -166,11 +166,11 @@ class JobQueue(Reports):
         patience_s: float,
         without: frozenset[str] = frozenset(),
     ) -> tuple[Job, str | None] | None:
-        """Return what a busy replica would claim now: a job, left in the queue, and its secret.
+        """Return the job that a busy replica would claim now, and its secret. The job stays in the queue.
 
-        None if there is none that has waited `patience_s`; until then it is for those that have nothing to
-        do. Jobs of the adapters `without` are passed over. The job's adapter counts as held from here on, so
-        that not every busy replica brings the same one.
+        None if the job has not waited `patience_s`: until then it is left to idle replicas. Skips jobs whose
+        adapter is in `without`. The job's adapter counts as held from now on, so that not every busy replica
+        fetches the same one.
         """
         if not self._anything_ready(model):
             return None
@@ -185,20 +185,20 @@ class JobQueue(Reports):
         return upcoming
 
     def heartbeat(self, claim: Claim, progress: Progress, *, renew: bool) -> Lease:
-        """Write progress, renew the lease if asked to, and tell whether the run has to stop."""
+        """Write progress, renew the lease if `renew` is set, and return whether the run must stop."""
         values: dict[str, Any] = {"progress": asdict(progress)}
         if renew:
             values["lease_until"] = now() + self._lease_s
         beat = update(jobs).where(held_by(claim), jobs.c.state == JobState.IN_PROGRESS).values(values)
-        told = beat.returning(jobs.c.cancel_requested, jobs.c.deadline <= now())
+        returned = beat.returning(jobs.c.cancel_requested, jobs.c.deadline <= now())
         with self._database.write() as connection:
-            row = connection.execute(told).one_or_none()
+            row = connection.execute(returned).one_or_none()
             if row is None:
                 raise _lost(claim)
         return Lease(cancel_requested=row[0], timed_out=row[1])
 
     def record_output(self, claim: Claim, index: int, output: Mapping[str, Any]) -> None:
-        """Record the output of prompt `index`. Of two records for one prompt the first stands."""
+        """Record the output of prompt `index`. If one is already recorded, it is kept."""
         row = {"job_id": claim.job.id, "prompt_index": index, "epoch": claim.epoch, "output": dict(output)}
         with self._database.write() as connection:
             held = select(jobs.c.seq).where(held_by(claim), jobs.c.state == JobState.IN_PROGRESS)
@@ -217,9 +217,8 @@ class JobQueue(Reports):
     ) -> None:
         """End the job in a terminal state.
 
-        Success stands even if cancellation was requested: the outputs are there, and a request may come too
-        late. To finish again in the same state is no error, since a worker repeats a write whose reply it did
-        not get.
+        Success is kept even if cancellation was requested: the outputs exist, and the request came too late.
+        Finishing again in the same state is no error, because a worker retries a write whose reply was lost.
         """
         if not state.terminal:
             raise ValueError(f"a job cannot finish as {state}")
@@ -231,9 +230,9 @@ class JobQueue(Reports):
                 raise _lost(claim)
 
     def retry(self, claim: Claim, *, error: str, error_code: str, delay_s: float) -> JobState:
-        """End a failed attempt: queue the job again, to be claimed after `delay_s` seconds; return its state.
+        """End a failed attempt: queue the job again, claimable after `delay_s` seconds. Return its new state.
 
-        It fails with the error if its attempts are used up, and is canceled if that was requested.
+        The job fails with the error if its attempts are used up, or is canceled if that was requested.
         """
         target = again_or_failed(self._max_attempts)
         values = {"error": redact(error), "error_code": error_code, "not_before": now() + delay_s}
@@ -244,7 +243,7 @@ class JobQueue(Reports):
         return moved[0].state
 
     def release(self, claim: Claim) -> None:
-        """Hand the job back to the queue without counting the attempt, or cancel it if that was requested."""
+        """Put the job back into the queue without counting the attempt, or cancel it if requested."""
         target, attempts = literal_state(JobState.IN_QUEUE), jobs.c.attempts - 1
         with self._database.write() as connection:
             if not end_run(connection, target, held_by(claim), attempts=attempts):
@@ -253,15 +252,15 @@ class JobQueue(Reports):
     # --- Operation ---
 
     def check(self) -> None:
-        """Return if jobs can be stored now; changes nothing."""
-        # Writing to no row wants all that a submission does: the table, a server that takes writes, the lock.
+        """Raise `StoreUnavailable` unless jobs can be stored now. Changes nothing."""
+        # An update of no row needs what a submission needs: the table, a writable server and the write lock.
         with self._database.write() as connection:
             connection.execute(update(jobs).where(false()).values(error=None))
 
     def sweep(self) -> int:
-        """Bring back jobs of lost workers, end those past their deadline, forget lost replicas.
+        """Requeue jobs of lost workers, fail jobs past their deadline, and delete lost replicas.
 
-        Returns how many jobs moved. Every gateway may call it at any time; one at a time does it.
+        Returns how many jobs moved. Every gateway may call it at any time; only one runs at a time.
         """
         with self._database.write() as connection:
             return housekeeping.sweep(
@@ -272,22 +271,22 @@ class JobQueue(Reports):
             )
 
     def expired(self, older_than_s: float, limit: int = 100) -> Sequence[str]:
-        """Return the ids of at most `limit` jobs that ended `older_than_s` seconds ago or earlier.
+        """Return the ids of at most `limit` jobs that ended at least `older_than_s` s ago, oldest first.
 
-        To remove jobs, delete what the object store has of them, then `forget` them: whoever dies in between
-        leaves rows that are found again.
+        To remove jobs, first delete their objects from the store, then `forget` them. After a crash in
+        between, the rows are still there and are found again.
         """
         with self._database.read() as connection:
             return housekeeping.expired(connection, older_than_s, limit)
 
     def forget(self, job_ids: Collection[str]) -> int:
-        """Delete jobs with their outputs, events and idempotency keys; return how many there were.
+        """Delete jobs with their outputs, events and idempotency keys. Return how many were deleted.
 
-        A job that has not come to its end stays.
+        Jobs that have not ended are kept.
         """
         with self._database.write() as connection:
             return housekeeping.forget(connection, job_ids)
 
 
 def _lost(claim: Claim) -> LeaseLost:
-    return LeaseLost(f"job {claim.job.id}: epoch {claim.epoch} of {claim.owner} is over")
+    return LeaseLost(f"job {claim.job.id}: {claim.owner} no longer holds it under epoch {claim.epoch}")

@@ -1,4 +1,4 @@
-"""What the table tells without changing: jobs and their outputs and events, places in the queue, the load."""
+"""Read-only queries on the table: jobs, their outputs and events, places in the queue, and the load."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from cluster.jobs.schema import job_events, job_outputs, jobs, now, workers
 from cluster.jobs.transitions import SUMMARY, job_of, summary_of
 
 LIVE = [state for state in JobState if not state.terminal]
-"""The states of jobs that are not at their end."""
+"""The states of jobs that have not ended."""
 
 
 class Reports:
-    """Reads of one database, each in a transaction of its own, and raising `StoreUnavailable` without it."""
+    """Read-only queries on one database. Each raises `StoreUnavailable` if it is unreachable."""
 
     def __init__(self, database: Database, presence_s: float) -> None:
-        """Read `database`. A replica counts as alive for `presence_s` seconds after it was last seen."""
+        """Set the database. A replica counts as alive for `presence_s` seconds after it was last seen."""
         self._database = database
         self._presence_s = presence_s
 
@@ -31,7 +31,7 @@ class Reports:
         return self._one(jobs.c.id == job_id)
 
     def find(self, tenant: str, idempotency_key: str) -> Job | None:
-        """Return the job that holds the tenant's idempotency key."""
+        """Return the tenant's job with this idempotency key, None if there is none."""
         return self._one(and_(jobs.c.tenant == tenant, jobs.c.idempotency_key == idempotency_key))
 
     def _one(self, condition: ColumnElement[bool]) -> Job | None:
@@ -40,10 +40,9 @@ class Reports:
         return None if row is None else job_of(row)
 
     def outputs(self, job_id: str) -> list[Mapping[str, Any]]:
-        """Return the outputs recorded for a job, in the order of its prompts.
+        """Return the recorded outputs of a job, in the order of its prompts.
 
-        They are published once the job has succeeded; before that they are what a retry need not render
-        again.
+        Clients see them once the job has succeeded. Before that, they save a retry from rendering again.
         """
         recorded = select(job_outputs.c.output).where(job_outputs.c.job_id == job_id)
         with self._database.read() as connection:
@@ -54,9 +53,9 @@ class Reports:
         return self.histories([job_id])[job_id]
 
     def ahead(self, job: Job) -> int | None:
-        """Return how many jobs of its model were queued before this one, None unless it waits itself.
+        """Return how many queued jobs of the same model are older, None if this job is not queued.
 
-        An approximation: claims prefer warm LoRAs, so a later job may well run earlier.
+        This is an approximation: claims prefer loaded LoRAs, so a later job may run earlier.
         """
         if job.state is not JobState.IN_QUEUE:
             return None
@@ -68,25 +67,25 @@ class Reports:
     # --- Many ---
 
     def histories(self, job_ids: Collection[str]) -> Mapping[str, list[JobEvent]]:
-        """Return the history of each job, oldest first; that of an unknown one is empty."""
+        """Return the history of each job, oldest event first. Unknown ids get an empty history."""
         found = select(job_events).where(job_events.c.job_id.in_(job_ids)).order_by(job_events.c.id)
-        told: dict[str, list[JobEvent]] = {job_id: [] for job_id in job_ids}
+        by_job: dict[str, list[JobEvent]] = {job_id: [] for job_id in job_ids}
         with self._database.read() as connection:
             for row in connection.execute(found).mappings():
-                told[row["job_id"]].append(JobEvent(**{**row, "state": JobState(row["state"])}))
-        return told
+                by_job[row["job_id"]].append(JobEvent(**{**row, "state": JobState(row["state"])}))
+        return by_job
 
     def latest(self, job_ids: Collection[str]) -> Sequence[tuple[JobSummary, int]]:
-        """Return the known jobs with the id of each one's last event, both as of one moment."""
+        """Return the known jobs, each with the id of its last event, read at the same moment."""
         last = select(func.max(job_events.c.id)).where(job_events.c.job_id == jobs.c.id).scalar_subquery()
         found = select(*SUMMARY, last.label("last")).where(jobs.c.id.in_(job_ids))
         with self._database.read() as connection:
             return [(summary_of(row), row["last"]) for row in connection.execute(found).mappings()]
 
     def places(self, queued: Collection[JobSummary]) -> Mapping[str, int]:
-        """Return `ahead` by id for all of these jobs in one walk along the index, whatever their number.
+        """Return `ahead` of all these jobs by id, in a single walk along the index.
 
-        Those that have left the queue are missing.
+        Jobs that are no longer queued are left out.
         """
         ids = {job.seq: job.id for job in queued}
         order = func.row_number().over(partition_by=jobs.c.model, order_by=(jobs.c.created_at, jobs.c.seq))
@@ -97,11 +96,11 @@ class Reports:
             return {ids[seq]: place - 1 for seq, place in connection.execute(placed)}
 
     def finished(self, job_ids: Collection[str]) -> set[str]:
-        """Return which of the jobs have come to their end, or are unknown."""
+        """Return which of the jobs have ended or are unknown."""
         return set(job_ids).difference(self._among(job_ids, LIVE))
 
     def queued(self, job_ids: Collection[str]) -> set[str]:
-        """Return which of the jobs still wait to be claimed."""
+        """Return which of the jobs are still queued."""
         return self._among(job_ids, [JobState.IN_QUEUE])
 
     def _among(self, job_ids: Collection[str], states: Collection[JobState]) -> set[str]:
@@ -119,14 +118,14 @@ class Reports:
         limit: int = 50,
         before: int | None = None,
     ) -> Sequence[JobSummary]:
-        """Return at most `limit` jobs of the tenant (None: of all), newest first, `seq` below `before`."""
+        """Return at most `limit` jobs with a `seq` below `before`, newest first. Tenant None means all."""
         equal = {jobs.c.tenant: tenant, jobs.c.model: model, jobs.c.batch: batch}
         wanted = select(*SUMMARY).where(
             *(column == value for column, value in equal.items() if value is not None)
         )
         if before is not None:
             wanted = wanted.where(jobs.c.seq < before)
-        # Each state is a walk of its own along the index, which has the state before the order.
+        # Walk the index once per state, because the index sorts by state first.
         walks = [
             wanted.where(jobs.c.state == each).order_by(jobs.c.seq.desc()).limit(limit).subquery()
             for each in ([state] if state else JobState)
@@ -139,15 +138,15 @@ class Reports:
     # --- The load ---
 
     def waiting(self, tenant: str) -> tuple[int, int]:
-        """Return how many jobs are queued, in all and of the tenant; each count walks one index."""
+        """Return how many jobs are queued, of all tenants and of this one. Each count walks one index."""
         queued = select(func.count()).select_from(jobs).where(jobs.c.state == JobState.IN_QUEUE)
         counts = select(queued.scalar_subquery(), queued.where(jobs.c.tenant == tenant).scalar_subquery())
         with self._database.read() as connection:
-            everybody, own = connection.execute(counts).one()
-        return everybody, own
+            total, own = connection.execute(counts).one()
+        return total, own
 
     def depths(self) -> dict[str, Depth]:
-        """Return the load of every model that has live jobs, or replicas that are alive."""
+        """Return the load of every model with unfinished jobs or live replicas."""
         queued, running = jobs.c.state == JobState.IN_QUEUE, jobs.c.state == JobState.IN_PROGRESS
         oldest_s = now() - func.min(jobs.c.created_at).filter(queued)
         counts = (func.count().filter(queued), func.count().filter(running), func.coalesce(oldest_s, 0.0))
@@ -157,8 +156,8 @@ class Reports:
         with self._database.read() as connection:
             loads: dict[str, Sequence[Any]] = {model: row for model, *row in connection.execute(load)}
             alive: dict[str, int] = dict(connection.execute(replicas).all())
-        told = {}
+        found = {}
         for model in loads.keys() | alive.keys():
             waiting, active, age_s = loads.get(model, [0, 0, 0.0])
-            told[model] = Depth(queued=waiting, running=active, workers=alive.get(model, 0), oldest_s=age_s)
-        return told
+            found[model] = Depth(queued=waiting, running=active, workers=alive.get(model, 0), oldest_s=age_s)
+        return found

@@ -1,4 +1,4 @@
-"""The tables of the job queue, and the clock that every time in them comes from."""
+"""The tables of the job queue, and the database clock for all their times."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sqlalchemy.sql.functions import FunctionElement
 
 
 class now(FunctionElement[float]):
-    """Seconds since the epoch on the database's clock, to the millisecond; one value for a statement."""
+    """Seconds since the epoch on the database's clock, to the millisecond. Constant for all rows."""
 
     type = Double()
     inherit_cache = True
@@ -33,18 +33,18 @@ class now(FunctionElement[float]):
 
 @compiles(now, "sqlite")
 def _sqlite_now(_element: now, _compiler: SQLCompiler, **_options: Any) -> str:  # noqa: ANN401
-    # unixepoch('now', 'subsec') is NULL before SQLite 3.42; 2440587.5 is the Julian day of the epoch.
+    # unixepoch('now', 'subsec') is NULL before SQLite 3.42. 2440587.5 is the epoch's Julian day.
     return "((julianday('now') - 2440587.5) * 86400.0)"
 
 
 @compiles(now, "postgresql")
 def _postgresql_now(_element: now, _compiler: SQLCompiler, **_options: Any) -> str:  # noqa: ANN401
-    # clock_timestamp() is volatile and would keep a comparison off its index; a subquery is evaluated once.
+    # A subquery is evaluated once. Without it no index is used, because clock_timestamp() is volatile.
     return "(SELECT extract(epoch FROM clock_timestamp())::double precision)"
 
 
 _Serial = BigInteger().with_variant(Integer, "sqlite")
-"""SQLite fills a primary key by itself only where its type is INTEGER."""
+"""SQLite generates primary keys only if their type is INTEGER."""
 
 _Object = JSON(none_as_null=True)
 
@@ -70,7 +70,7 @@ jobs = Table(
     Column("state", Text, nullable=False),
     Column("epoch", Integer, nullable=False),
     Column("attempts", Integer, nullable=False),
-    # The last replica that claimed the job; it holds the job only while the state is in_progress.
+    # The replica of the last claim. It holds the job only while the state is in_progress.
     Column("owner", Text),
     Column("lease_until", Double),
     Column("deadline", Double),
@@ -83,17 +83,17 @@ jobs = Table(
     Column("error", Text),
     Column("error_code", Text),
     Column("result", _Object),
-    # Ciphertext that the job's worker needs; gone when the job has come to its end.
+    # Ciphertext for the job's worker. Erased when the job ends.
     Column("secret", Text),
-    # What the job was submitted together with.
+    # Name of the batch, if the job belongs to one.
     Column("batch", Text),
     UniqueConstraint("tenant", "idempotency_key"),
-    # Oldest first within a model, and within one LoRA of it; the first also counts depths and finds leases.
+    # Oldest job first, by model or by LoRA. The first index also serves depths and expired leases.
     Index("jobs_by_age", "state", "model", "created_at", "seq"),
     Index("jobs_by_adapter", "state", "model", "adapter", "created_at", "seq"),
     Index("jobs_by_tenant", "tenant", "state", "seq"),
     Index("jobs_by_end", "finished_at"),
-    # A batch is counted from the index alone. Most jobs have no batch.
+    # Covers the counts of a batch. Partial, because most jobs have no batch.
     Index(
         "jobs_by_batch",
         "tenant",
@@ -114,7 +114,7 @@ job_outputs = Table(
     Column("output", _Object, nullable=False),
 )
 
-# Append-only until the job is forgotten. No foreign key: it would be checked at every change of a state.
+# Append-only until the job is deleted. No foreign key, because it would be checked at every state change.
 job_events = Table(
     "job_events",
     metadata,
@@ -127,13 +127,13 @@ job_events = Table(
     Index("job_events_by_job", "job_id", "id"),
 )
 
-# One row for each job whose end somebody wants to be told of; due from that end on, until it is delivered.
+# One row per job with a webhook. It is due from the job's end until it is delivered.
 webhooks = Table(
     "webhooks",
     metadata,
     Column("job_id", Text, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
     Column("url", Text, nullable=False),
-    # The URL's query, as ciphertext.
+    # The URL's query, encrypted.
     Column("secret", Text),
     # Terminal states, separated by commas.
     Column("events", Text, nullable=False),
@@ -160,5 +160,5 @@ warm = Table(
     Index("warm_by_adapter", "adapter"),
 )
 
-# One row for each duty that only one process at a time performs, locked while it does.
+# One row per task that only one process may run at a time. The process locks the row meanwhile.
 locks = Table("locks", metadata, Column("name", Text, primary_key=True))

@@ -1,4 +1,4 @@
-"""Storing new jobs, once for each idempotency key, and once more what failed."""
+"""Stores new jobs, only once per idempotency key, and new copies of failed jobs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ _FIELDS = [field.name for field in fields(NewJob) if field.name != "webhook"]
 
 
 def store(connection: Connection, insert: Insert, new: Sequence[NewJob]) -> list[Job]:
-    """Store jobs in the caller's transaction; return them in order, or the earlier ones that hold their keys.
+    """Store jobs in the caller's transaction. Return them in order.
 
-    A twin that is committed meanwhile is found too: inserting waits for it and then does nothing. Raises
-    `IdempotencyConflict` if a key is held by a job with another fingerprint; the caller must roll back.
+    If a job's idempotency key is already stored, returns the earlier job instead. This includes a duplicate
+    in a concurrent transaction: the INSERT waits for its commit and then does nothing. Raises
+    `IdempotencyConflict` if the earlier job has a different fingerprint; the caller must roll back.
     """
     statement = insert(jobs).values(created_at=now()).on_conflict_do_nothing(index_elements=_KEY)
     connection.execute(statement, [_row(job) for job in new])
@@ -39,9 +40,9 @@ def store(connection: Connection, insert: Insert, new: Sequence[NewJob]) -> list
 def store_again(
     connection: Connection, insert: Insert, failed: Sequence[Job], *, batch: str | None
 ) -> list[Job]:
-    """Store new jobs for what failed, in the caller's transaction; return them in order.
+    """Store a new job for each failed one, in the caller's transaction. Return them in order.
 
-    They have the spec, the tenant and the webhook of the old ones, and no secret: that is gone.
+    Copies spec, tenant and webhook. The secret was erased when the job failed, so the new job has none.
     """
     asked = select(webhooks).where(webhooks.c.job_id.in_([job.id for job in failed]))
     hooks = {row["job_id"]: _hook_of(row) for row in connection.execute(asked).mappings()}
@@ -61,8 +62,8 @@ def store_again(
 
 
 def _hook(job_id: str, hook: NewWebhook) -> dict[str, Any]:
-    told = {"url": hook.url, "secret": hook.secret, "events": ",".join(hook.events)}
-    return {"job_id": job_id, "attempts": 0, **told}
+    values = {"url": hook.url, "secret": hook.secret, "events": ",".join(hook.events)}
+    return {"job_id": job_id, "attempts": 0, **values}
 
 
 def _hook_of(row: RowMapping) -> NewWebhook:
@@ -76,7 +77,7 @@ def _row(job: NewJob) -> dict[str, Any]:
 
 
 def _rows(connection: Connection, new: Sequence[NewJob]) -> list[RowMapping]:
-    """Return the rows of these ids and keys; each condition is by itself, so that each uses its index."""
+    """Return the rows with these ids or keys. One query per condition, so that each uses its index."""
     keys: dict[str, list[str]] = {}
     for job in new:
         if job.idempotency_key is not None:
@@ -94,6 +95,8 @@ def _match(rows: Sequence[RowMapping], new: Sequence[NewJob]) -> list[Job]:
     for job in new:
         row = by_id[job.id] if job.idempotency_key is None else by_key[job.tenant, job.idempotency_key]
         if row["fingerprint"] != job.fingerprint:
-            raise IdempotencyConflict(f"the key {job.idempotency_key!r} belongs to another request")
+            raise IdempotencyConflict(
+                f"the idempotency key {job.idempotency_key!r} was already used for a different request"
+            )
         stored.append(job_of(row))
     return stored

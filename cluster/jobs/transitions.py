@@ -1,4 +1,4 @@
-"""Changes of a job's state: each is one UPDATE that names the state it leaves, and its event beside it."""
+"""State changes of jobs. Each is one UPDATE that names the old state, plus an event in the history."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from cluster.jobs.schema import job_events, jobs, now, webhooks
 _TERMINAL = [state for state in JobState if state.terminal]
 
 SUMMARY = [jobs.c[field.name] for field in fields(JobSummary)]
-"""The columns of a `JobSummary`: a spec may have megabytes."""
+"""The columns of a `JobSummary`. Leaves out the spec, which may have megabytes."""
 
 
 def job_of(row: RowMapping) -> Job:
-    """Return the job that a row of the table describes."""
+    """Build a job from a row of the table."""
     return Job(**_values(row, Job))
 
 
 def summary_of(row: RowMapping) -> JobSummary:
-    """Return the summary that the `SUMMARY` columns of a row describe."""
+    """Build a summary from the `SUMMARY` columns of a row."""
     return JobSummary(**_values(row, JobSummary))
 
 
@@ -49,12 +49,12 @@ def _values(row: RowMapping, kind: type[JobSummary]) -> dict[str, Any]:
 
 
 def held_by(claim: Claim) -> ColumnElement[bool]:
-    """Match the job of a claim as long as nobody claimed it since; epochs only grow."""
+    """Match the job of a claim unless it was claimed again. Epochs only grow."""
     return and_(jobs.c.id == claim.job.id, jobs.c.owner == claim.owner, jobs.c.epoch == claim.epoch)
 
 
 def literal_state(state: JobState) -> ColumnElement[str]:
-    """Return a state as an SQL value of the column's type."""
+    """Return a state as an SQL literal of the column's type."""
     return literal(state, Text)
 
 
@@ -65,11 +65,11 @@ def move(
     *where: ColumnElement[bool],
     **values: Any,  # noqa: ANN401 - column values and expressions
 ) -> Sequence[Job]:
-    """Move the matching jobs from state `source` to `target`, with their events; return them as they are now.
+    """Move the matching jobs from state `source` to `target` and record events. Return the updated jobs.
 
-    `target` is an expression over the row. A job loses its lease and deadline unless `values` says otherwise,
-    and when it reaches its end it gets `finished_at` and loses its secret. Jobs that do not match, or have
-    left `source`, stay as they are and are not returned.
+    `target` is an expression over the row. Clears lease and deadline unless `values` sets them. A job that
+    ends also gets `finished_at`, and its secret is erased. Jobs that do not match, or are no longer in
+    `source`, are not changed and not returned.
     """
     ended = target.in_(_TERMINAL)
     changes = {
@@ -86,10 +86,10 @@ def move(
 
 
 def record(connection: Connection, changed: Sequence[Job]) -> None:
-    """Append one event for each job that has just come into its state; its end makes its webhook due.
+    """Append an event for each job whose state has just changed. If a job has ended, its webhook becomes due.
 
-    The commit wakes every watch if a job was queued or came to its end. Nobody waits for a claim, and on
-    PostgreSQL commits that notify wait for one another.
+    The commit wakes all watches if a job was queued or has ended, but not for claims: no watch needs them,
+    and PostgreSQL serializes commits that notify.
     """
     events = [
         {"job_id": job.id, "state": job.state, "epoch": job.epoch, "owner": job.owner} for job in changed
@@ -112,9 +112,9 @@ def end_run(
     error_code: str | None = None,
     **values: Any,  # noqa: ANN401 - column values and expressions
 ) -> Sequence[Job]:
-    """End runs that brought no result: canceled where the client asked for it, else moved to `target`.
+    """End runs without a result. A job becomes canceled if the client requested it, else moves to `target`.
 
-    The error stays only with a job that fails; one that is queued again has neither start nor progress.
+    Only a job that fails keeps the error. A job that is queued again loses its start time and progress.
     """
     state = case((jobs.c.cancel_requested, literal_state(JobState.CANCELED)), else_=target)
     failed, queued = state == JobState.FAILED, state == JobState.IN_QUEUE
@@ -128,13 +128,13 @@ def end_run(
 
 
 def again_or_failed(max_attempts: int) -> ColumnElement[str]:
-    """Return the state after an attempt that may be repeated: queued again until the attempts are used up."""
+    """Return the state after a retryable failure: queued, or failed once all attempts are used up."""
     used_up = jobs.c.attempts >= max_attempts
     return case((used_up, literal_state(JobState.FAILED)), else_=literal_state(JobState.IN_QUEUE))
 
 
 def cancel(connection: Connection, job_id: str) -> tuple[Job, bool] | None:
-    """Cancel a queued job, or ask the worker of a running one; as `JobQueue.cancel`."""
+    """Cancel a queued job, or ask the worker of a running one to stop. See `JobQueue.cancel`."""
     found = select(jobs).where(jobs.c.id == job_id).with_for_update()
     row = connection.execute(found).mappings().one_or_none()
     if row is None:

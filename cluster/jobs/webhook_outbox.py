@@ -1,6 +1,6 @@
-"""The outbox of webhooks: rows written with the job, due from its end on until a receiver has the message.
+"""The outbox of webhooks: one row per job with a webhook, due from the job's end until it is delivered.
 
-A row becomes due in the transaction that ends its job (`cluster.jobs.transitions`), so no end is forgotten.
+A row becomes due in the transaction that ends its job (`cluster.jobs.transitions`), so no message is lost.
 It stays due until its delivery is recorded, so a receiver may get a message more than once.
 """
 
@@ -18,17 +18,17 @@ from cluster.jobs.transitions import job_of
 from cluster.telemetry import redact
 
 HOLD_S = 60.0
-"""How long a message is one gateway's before another tries it: longer than an attempt may take."""
+"""How long a message is reserved for one gateway. Longer than an attempt may take."""
 
 DELAYS_S = (5.0, 60.0, 300.0, 1800.0, 7200.0, 14_400.0, 28_800.0, 34_200.0)
-"""Pauses between the attempts: a day in all. After the last one the message waits for `redeliver`."""
+"""Pauses between attempts, about a day in total. After the last attempt the message waits for `redeliver`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """The end of a job that is to be told to `url`; `secret` is the URL's query, encrypted.
+    """A message to `url` that a job has ended. `secret` is the URL's query, encrypted.
 
-    `sequence` numbers the events of all jobs: of two messages about one job the higher number is the later.
+    `sequence` is the id of the job's last event. Of two messages about one job, the higher is the newer.
     """
 
     job: Job
@@ -39,18 +39,18 @@ class Message:
 
 
 class Outbox:
-    """The messages of a job table, shared by the threads of a process; raises `StoreUnavailable`."""
+    """The messages in a job table, shared by the threads of a process. Raises `StoreUnavailable`."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def take(self, limit: int) -> Sequence[Message]:
-        """Return at most `limit` messages that are due; they are the caller's for `HOLD_S` seconds.
+        """Return at most `limit` due messages and reserve them for the caller for `HOLD_S` seconds.
 
-        Their attempt is counted, and they are due again then unless it is `delivered` or `refused`.
+        This counts as an attempt. Unless `delivered` or `refused` is called, they are due again after that.
         """
         with self._database.read() as connection:
-            # Idle gateways look often: they must not queue for the write lock.
+            # Idle gateways poll often and must not queue for the write lock.
             if (
                 connection.scalar(select(webhooks.c.job_id).where(webhooks.c.due_at <= now()).limit(1))
                 is None
@@ -65,16 +65,16 @@ class Outbox:
             return _messages(connection, ids)
 
     def delivered(self, message: Message) -> None:
-        """Record that the receiver has taken the message."""
+        """Record that the receiver accepted the message."""
         self._set(message, due_at=None, delivered_at=now(), error=None)
 
     def refused(self, message: Message, error: str) -> None:
-        """Record why an attempt failed; the next one comes after its pause, if there is one left."""
+        """Record why an attempt failed, and schedule the next attempt if there is one left."""
         left = DELAYS_S[message.attempts - 1 : message.attempts]
         self._set(message, due_at=now() + left[0] if left else None, error=redact(error))
 
     def redeliver(self, job_id: str) -> bool:
-        """Make the message of an ended job due now, with all attempts; False if there is none."""
+        """Make the message of an ended job due now and reset its attempts. False if it has no message."""
         ended = select(jobs.c.id).where(
             jobs.c.finished_at.is_not(None), webhooks.c.events.contains(jobs.c.state)
         )
@@ -89,8 +89,8 @@ class Outbox:
 
 def _messages(connection: Connection, ids: Sequence[str]) -> list[Message]:
     last = select(func.max(job_events.c.id)).where(job_events.c.job_id == jobs.c.id).scalar_subquery()
-    told = [webhooks.c[name] for name in ("url", "secret", "attempts")]
-    wanted = select(jobs, last.label("sequence"), *(column.label(f"w_{column.name}") for column in told))
+    columns = [webhooks.c[name] for name in ("url", "secret", "attempts")]
+    wanted = select(jobs, last.label("sequence"), *(column.label(f"w_{column.name}") for column in columns))
     rows = connection.execute(wanted.join(webhooks).where(jobs.c.id.in_(ids))).mappings()
     return [
         Message(

@@ -1,1 +1,1 @@
-"""Guarded HTTP for every URL that a request names."""
+"""Guarded HTTP for the URLs in requests."""

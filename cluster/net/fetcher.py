@@ -1,8 +1,8 @@
-"""The guarded fetcher: HTTP for everything that a request names.
+"""The guarded fetcher: HTTP for every URL in a request.
 
-It resolves a name once, checks the addresses (`cluster.net.urls`), and connects to one of exactly these; it
-does so again at each redirect. Bytes, time and rate are bounded. A body is taken whole or not at all. The
-environment (proxies, netrc) has no influence. Blocking, for worker threads.
+For the URL and for each redirect, it resolves the name once, checks the addresses (`cluster.net.urls`) and
+connects only to those. Bytes, time and rate are limited. An incomplete body is an error. Proxies and netrc of
+the environment are ignored. All calls block: use worker threads.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _MAX_ETAG_CHARS = 256
 _SPAN = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)")
 
 Resolve = Callable[[str, int], list[str]]
-"""From a host name and port to addresses; raises `OSError`."""
+"""Resolves a host name and port to addresses. Raises `OSError`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What was written: its sha256 in hex, its size, and the server's name for this version of it."""
+    """What was written: the sha256 in hex, the size, and the server's ETag."""
 
     sha256: str
     bytes: int
@@ -43,13 +43,13 @@ class Fetched:
 
 
 def resolve_name(host: str, port: int) -> list[str]:
-    """Return the addresses of a name, as the system resolves it."""
+    """Return the addresses of a host, from the system's resolver."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 class Fetcher:
-    """Fetches what requests name. `hosts` are those that an operator lists (`parse_hosts`)."""
+    """Fetches URLs of requests. `hosts` is the operator's allow list (`parse_hosts`)."""
 
     def __init__(
         self, hosts: frozenset[str] = frozenset(), limits: Limits = LIMITS, resolve: Resolve = resolve_name
@@ -60,7 +60,7 @@ class Fetcher:
         self._tls = httpx.create_ssl_context()
 
     def pace(self, tick: Callable[[], None]) -> Pace:
-        """Begin the time of a fetch that goes another way than HTTP, such as S3's."""
+        """Start the time and rate limits of a fetch that does not use HTTP, such as one from S3."""
         return Pace(self._limits, tick)
 
     def fetch(
@@ -75,8 +75,8 @@ class Fetcher:
     ) -> Fetched | None:
         """Write the body of `url` to `into`, or return None if it is still the version named by `etag`.
 
-        `token` is sent as bearer to the origin of `url` only. Raises `FetchError`, `OSError` where the file
-        cannot be written, and whatever `tick` raises.
+        `token` is sent as bearer token, only to the origin of `url`. Raises `FetchError`, `OSError` if `into`
+        cannot be written, and anything that `tick` raises.
         """
         headers = {"If-None-Match": etag} if etag else {}
         with self._answer("GET", url, headers, token, self.pace(tick), across=True) as answer:
@@ -89,9 +89,9 @@ class Fetcher:
     def head(
         self, url: Url, *, token: str | None = None, tick: Callable[[], None] = lambda: None
     ) -> Mapping[str, str]:
-        """Return the headers of `url`, names in lower case; of redirects only relative ones are followed.
+        """Return the headers of `url`, with lower-case names. Follows relative redirects only.
 
-        Raises as `fetch`.
+        Raises the errors of `fetch`.
         """
         with self._answer("HEAD", url, {}, token, self.pace(tick), across=False) as answer:
             if answer.status not in _REDIRECTS:
@@ -99,10 +99,10 @@ class Fetcher:
             return answer.headers
 
     def read(self, url: Url, start: int, stop: int, *, token: str | None = None) -> tuple[bytes, int | None]:
-        """Return the bytes of `url`'s body from `start` up to `stop`, and the whole body's size if told.
+        """Return bytes `start` to `stop` (exclusive) of the body of `url`, and its total size if known.
 
-        There are fewer bytes where the body ends. Of a server that sends all of it no more is read than
-        these. `token` as for `fetch`; raises as that.
+        There are fewer bytes if the body ends earlier. If the server ignores the range, reading stops at
+        `stop`. `token` and errors are as for `fetch`.
         """
         headers = {"Range": f"bytes={start}-{stop - 1}"}
         with self._answer("GET", url, headers, token, self.pace(lambda: None), across=True) as answer:
@@ -110,7 +110,9 @@ class Fetcher:
                 return b"", None
             first, size = answer.begin()
             if not first <= start:
-                raise FetchError(FetchFault.UNUSABLE, f"{url.host} sends another part of the file.")
+                raise FetchError(
+                    FetchFault.UNUSABLE, f"{url.host} sent another part of the file than requested."
+                )
             data = bytearray()
             for piece in answer.pieces():
                 data += piece
@@ -119,9 +121,9 @@ class Fetcher:
             return bytes(data[start - first : stop - first]), size
 
     def post(self, url: Url, body: bytes, headers: Mapping[str, str]) -> int:
-        """Send `body`, JSON, to `url` and return the status of the answer; redirects are not followed.
+        """Post `body`, which is JSON, to `url` and return the response's status. Follows no redirects.
 
-        Raises as `fetch`.
+        Raises the errors of `fetch`.
         """
         sent = {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}
         with self._request("POST", url, sent, self.pace(lambda: None), body) as answer:
@@ -131,7 +133,7 @@ class Fetcher:
     def _answer(
         self, method: str, url: Url, headers: Mapping[str, str], token: str | None, pace: Pace, across: bool
     ) -> Iterator[_Answer]:
-        """Yield the first answer that is no redirect, or none by a relative path unless `across`."""
+        """Follow redirects and yield the first other answer. Without `across`, follow relative ones only."""
         origin = url
         for _ in range(self._limits.redirects + 1):
             own = (url.scheme, url.netloc) == (origin.scheme, origin.netloc)
@@ -158,12 +160,12 @@ class Fetcher:
             ):
                 yield _Answer(url, response)
         except httpcore.TimeoutException as error:
-            raise FetchError(FetchFault.UNREACHABLE, f"{url.host} does not answer in time.") from error
+            raise FetchError(FetchFault.UNREACHABLE, f"{url.host} did not answer in time.") from error
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise FetchError(FetchFault.UNREACHABLE, f"The connection to {url.host} failed.") from error
 
     def _addresses(self, url: Url) -> list[str]:
-        """Resolve the host of `url`; every address has to be public, unless the host is listed."""
+        """Resolve the host of `url`. Every address must be public, unless the host is on the allow list."""
         try:
             check_url(url, self.hosts)
         except UrlRefused as error:
@@ -171,14 +173,14 @@ class Fetcher:
         try:
             found = [str(url.address)] if url.address else self._resolve(url.host, url.port)
         except OSError as error:
-            raise FetchError(FetchFault.UNREACHABLE, f"The name {url.host} does not resolve.") from error
+            raise FetchError(FetchFault.UNREACHABLE, f"The host name {url.host} does not resolve.") from error
         if not is_listed(url, self.hosts) and not all(is_public(ip_address(address)) for address in found):
             raise FetchError(FetchFault.NOT_ALLOWED, f"{url.host} is not on the public internet.")
         return found
 
 
 class _Answer:
-    """Status and headers of a response, and its body if that is asked for."""
+    """A response: status, headers, and the body, which is read on demand."""
 
     def __init__(self, url: Url, response: httpcore.Response) -> None:
         self._host = url.host
@@ -190,12 +192,12 @@ class _Answer:
 
     @property
     def etag(self) -> str | None:
-        """The ETag, where it is one that can be sent back."""
+        """The ETag, None if it is not safe to send back."""
         etag = self.headers.get("etag", "")
         return etag if 0 < len(etag) <= _MAX_ETAG_CHARS and etag.isascii() and etag.isprintable() else None
 
     def check(self, max_bytes: int | None) -> None:
-        """Raise `FetchError` unless there is a body as it is, of a size that is not known to be too large."""
+        """Raise `FetchError` unless this is a 200 with an unencoded body, not announced as too large."""
         if self.status != 200:
             raise FetchError(fault_of(self.status), f"{self._host} answered {self.status}.")
         self._check_encoding()
@@ -203,9 +205,9 @@ class _Answer:
             raise too_large(max_bytes)
 
     def begin(self) -> tuple[int, int | None]:
-        """Return where in the whole body this answer's begins, and the size of the whole if it is told.
+        """Return the offset of this answer's bytes in the whole body, and the total size if known.
 
-        Raises `FetchError` as `check`.
+        Raises `FetchError` as `check` does.
         """
         span = _SPAN.fullmatch(self.headers.get("content-range", ""))
         if self.status != 206 or span is None:
@@ -216,12 +218,14 @@ class _Answer:
         return int(span[1]), int(span[2]) if span[2] != "*" else None
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield the body; one that is shorter than announced ends in an error."""
+        """Yield the body. Raises an error of httpcore if it is shorter than announced."""
         return iter(self._response.iter_stream())
 
     def _check_encoding(self) -> None:
         if self.headers.get("content-encoding", "identity").lower() != "identity":
-            raise FetchError(FetchFault.UNUSABLE, f"{self._host} sends the file compressed.")
+            raise FetchError(
+                FetchFault.UNUSABLE, f"{self._host} sent the file compressed, which is not supported."
+            )
 
 
 def _redirection(url: Url, answer: _Answer) -> Url | None:
@@ -230,14 +234,18 @@ def _redirection(url: Url, answer: _Answer) -> Url | None:
     try:
         following = parse_url(urljoin(url.full, answer.headers["location"]))
     except ValueError as error:
-        raise FetchError(FetchFault.NOT_ALLOWED, f"{url.host} redirects to no usable URL.") from error
+        raise FetchError(
+            FetchFault.NOT_ALLOWED, f"{url.host} redirects to a URL that is not usable."
+        ) from error
     if (url.scheme, following.scheme) == ("https", "http"):
-        raise FetchError(FetchFault.NOT_ALLOWED, f"{url.host} redirects from https to http.")
+        raise FetchError(
+            FetchFault.NOT_ALLOWED, f"{url.host} redirects from https to http, which is not allowed."
+        )
     return following
 
 
 def fault_of(status: int) -> FetchFault:
-    """Return what an HTTP status that is no success means."""
+    """Return the fault that an HTTP status other than success stands for."""
     if status in (404, 410):
         return FetchFault.NOT_FOUND
     if status in (401, 402, 403, 407, 451):

@@ -1,4 +1,4 @@
-"""The bounds of a fetch, whatever it comes by: bytes, time and rate, and the ways in which it fails."""
+"""Limits on the bytes, time and rate of a fetch, by HTTP or otherwise, and the errors of a fetch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 
 class FetchFault(StrEnum):
-    """Why a fetch failed; only what is `UNREACHABLE` may be there another time."""
+    """Why a fetch failed. Only `UNREACHABLE` is worth a retry."""
 
     NOT_ALLOWED = "not_allowed"
     NOT_FOUND = "not_found"
@@ -22,7 +22,7 @@ class FetchFault(StrEnum):
 
 
 class FetchError(Exception):
-    """A fetch failed; the text is a sentence that names the host, never a path, query or credential."""
+    """A fetch failed. The message is a sentence that may name the host, never a path, query or credential."""
 
     def __init__(self, fault: FetchFault, message: str) -> None:
         super().__init__(message)
@@ -30,13 +30,13 @@ class FetchError(Exception):
 
     @property
     def retry(self) -> bool:
-        """Whether another attempt may help."""
+        """True if another attempt may help."""
         return self.fault is FetchFault.UNREACHABLE
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`total_s` seconds for a fetch; after `grace_s`, at least `min_rate` bytes a second on average."""
+    """Limits of a fetch: `total_s` seconds; after `grace_s` seconds at least `min_rate` bytes per second."""
 
     total_s: float = 1800.0
     grace_s: float = 30.0
@@ -48,7 +48,7 @@ LIMITS = Limits()
 
 
 class Pace:
-    """Time and rate of one fetch. `tick` is called with each piece and may raise to end the fetch."""
+    """Enforces the limits of one fetch. Calls `tick` for each piece, which may raise to abort the fetch."""
 
     def __init__(self, limits: Limits, tick: Callable[[], None]) -> None:
         self._limits = limits
@@ -57,20 +57,22 @@ class Pace:
         self._tick = tick
 
     def left(self) -> float:
-        """Return how long the next operation on the network may take; raises `FetchError` if too late."""
+        """Return the timeout for the next network operation. Raises `FetchError` if the time is up."""
         left = self._begun + self._limits.total_s - time.monotonic()
         if left <= 0:
-            raise FetchError(FetchFault.UNREACHABLE, f"It took longer than {self._limits.total_s:.0f} s.")
+            raise FetchError(
+                FetchFault.UNREACHABLE, f"The transfer took longer than {self._limits.total_s:.0f} s."
+            )
         return min(left, self._limits.grace_s)
 
     def over(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        """Yield `pieces`, each noted."""
+        """Yield `pieces` and count their bytes."""
         for piece in pieces:
             self.note(len(piece))
             yield piece
 
     def note(self, size: int) -> None:
-        """Count bytes that came in; raises `FetchError` if they come too slowly or too late."""
+        """Count received bytes. Raises `FetchError` if they arrive too slowly or too late."""
         self._tick()
         self.left()
         self._bytes += size
@@ -80,9 +82,9 @@ class Pace:
 
 
 def copy(pieces: Iterable[bytes], into: BinaryIO, max_bytes: int) -> tuple[str, int]:
-    """Write `pieces` to a file as they come; return their sha256 in hex and their size.
+    """Write `pieces` to a file as they arrive. Return their sha256 in hex and their total size.
 
-    Raises `FetchError` beyond `max_bytes`, and `OSError` where the file cannot be written.
+    Raises `FetchError` if there are more than `max_bytes`, and `OSError` if the file cannot be written.
     """
     digest, size = hashlib.sha256(), 0
     for piece in pieces:
@@ -95,5 +97,5 @@ def copy(pieces: Iterable[bytes], into: BinaryIO, max_bytes: int) -> tuple[str, 
 
 
 def too_large(max_bytes: int) -> FetchError:
-    """Build the error of a body that is larger than allowed."""
-    return FetchError(FetchFault.TOO_LARGE, f"It is larger than {max_bytes} bytes.")
+    """Build the error for a body that is larger than allowed."""
+    return FetchError(FetchFault.TOO_LARGE, f"The file is larger than {max_bytes} bytes.")

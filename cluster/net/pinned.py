@@ -1,4 +1,4 @@
-"""Connections of the guarded fetcher: to addresses that were judged, at a pace that is bounded."""
+"""Connections of the guarded fetcher: only to checked addresses, within the limits of the fetch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cluster.net.limits import FetchError, FetchFault, Pace
 
 
 class Pinned(httpcore.NetworkBackend):
-    """Connects to one of the given addresses, whatever the name is, and keeps to the pace."""
+    """Connects to one of the given addresses, whatever the host name, and enforces the fetch's limits."""
 
     def __init__(self, addresses: Iterable[str], pace: Pace) -> None:
         self._addresses = addresses
@@ -26,7 +26,7 @@ class Pinned(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
-        """Return a connection to the first of the addresses that answers."""
+        """Connect to the first address that answers."""
         failure: Exception = httpcore.ConnectError("no address")
         for address in self._addresses:
             try:
@@ -38,7 +38,7 @@ class Pinned(httpcore.NetworkBackend):
 
 
 class _Paced(httpcore.NetworkStream):
-    """A connection that keeps to the pace."""
+    """A connection that enforces the fetch's limits."""
 
     def __init__(self, stream: httpcore.NetworkStream, pace: Pace) -> None:
         self._stream = stream

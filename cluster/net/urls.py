@@ -1,7 +1,7 @@
-"""URLs that requests name: one strict reading of them, and which hosts and addresses may be fetched from.
+"""URLs in requests: a strict parser, and the rules for allowed hosts and addresses.
 
-No network here: the gateway checks the text alone, and the fetcher (`cluster.net.fetcher`) connects to
-exactly what was checked. URLs that two parsers could read differently are refused.
+Nothing here uses the network. The gateway checks the text of a URL, and the fetcher (`cluster.net.fetcher`)
+connects to exactly the host that was checked. URLs that two parsers could read differently are refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::([0-9]{1,5}))?", re.IGN
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 
 _LOCAL_NAMES = ("localhost", "local", "internal", "svc", "lan", "home.arpa", "test", "invalid", "onion")
-"""Endings of names that mean something on private networks only."""
+"""Endings of names that exist only on private networks."""
 
 _PRIVATE = [
     ip_network(text)
@@ -32,17 +32,17 @@ _PRIVATE = [
         "100.64.0.0/10",  # Carrier-grade NAT.
         "127.0.0.0/8",
         "168.63.129.16/32",  # Azure's metadata service.
-        "169.254.0.0/16",  # Link-local, with the metadata services of most clouds.
+        "169.254.0.0/16",  # Link-local; most clouds' metadata services.
         "172.16.0.0/12",
         "192.0.0.0/24",
         "192.0.2.0/24",
-        "192.88.99.0/24",  # Relays of 6to4.
+        "192.88.99.0/24",  # 6to4 relays.
         "192.168.0.0/16",
         "198.18.0.0/15",
         "198.51.100.0/24",
         "203.0.113.0/24",
         "224.0.0.0/3",  # Multicast, reserved, broadcast.
-        # Of IPv6 only 2000::/3 is public at all, and not all of it:
+        # In IPv6 only 2000::/3 is public, except:
         "2001::/23",  # Teredo and other protocols.
         "2001:db8::/32",
         "2002::/16",  # 6to4.
@@ -54,14 +54,14 @@ _PUBLIC_V6 = ip_network("2000::/3")
 
 
 class UrlRefused(ValueError):
-    """A URL that is not fetched; the text is a sentence and repeats nothing of the URL."""
+    """A URL is not allowed. The message is a sentence and repeats no part of the URL."""
 
 
 @dataclass(frozen=True, slots=True)
 class Url:
-    """An http(s) URL: `host` in lower case ASCII, IPv6 in brackets; `path` and `query` as they were sent.
+    """An http(s) URL: `host` in lower-case ASCII, IPv6 in brackets; `path` and `query` as they were sent.
 
-    As a string it is without its query, where presigned URLs carry their signature; `full` is with it.
+    `str` leaves out the query, because it holds the signature of a presigned URL. `full` includes it.
     """
 
     scheme: str
@@ -72,7 +72,7 @@ class Url:
 
     @property
     def address(self) -> IPv4Address | IPv6Address | None:
-        """The host as an address, if it is one."""
+        """The host as an IP address, None if it is a name."""
         try:
             return ip_address(self.host.strip("[]"))
         except ValueError:
@@ -80,12 +80,12 @@ class Url:
 
     @property
     def netloc(self) -> str:
-        """Host, and port where it is not the scheme's own."""
+        """Host, and port unless it is the scheme's default."""
         return self.host if self.port == _PORTS[self.scheme] else f"{self.host}:{self.port}"
 
     @property
     def target(self) -> str:
-        """Path and query, as a request line has them."""
+        """Path and query, as in a request line."""
         return f"{self.path}?{self.query}" if self.query else self.path
 
     @property
@@ -98,27 +98,27 @@ class Url:
 
 
 def parse_url(text: str) -> Url:
-    """Read a URL. Raises `UrlRefused` for what is no plain http(s) URL of an ordinary host."""
+    """Parse a URL. Raises `UrlRefused` unless it is a plain http(s) URL with an ordinary host."""
     if len(text) > MAX_URL_CHARS:
         raise UrlRefused(f"A URL must have at most {MAX_URL_CHARS} characters.")
     if not text.isascii() or not text.isprintable() or " " in text or "\\" in text:
         raise UrlRefused("A URL must be printable ASCII without spaces and backslashes.")
     whole = _URL.fullmatch(text)
     if whole is None:
-        raise UrlRefused("Only http:// and https:// URLs are fetched.")
+        raise UrlRefused("A URL must start with http:// or https://.")
     scheme, authority, path, query = whole.groups()
     if "@" in authority:
-        raise UrlRefused("A URL must not hold a user name or password.")
+        raise UrlRefused("A URL must not contain a user name or password.")
     parts = _AUTHORITY.fullmatch(authority)
     scheme = scheme.lower()
     port = int(parts[2] or _PORTS[scheme]) if parts else 0
     if parts is None or not 1 <= port <= 65535:
-        raise UrlRefused("The URL names no host and port.")
+        raise UrlRefused("The URL has no valid host and port.")
     return Url(scheme, _host(parts[1].lower()), port, path or "/", query or "")
 
 
 def parse_hosts(entries: Collection[str]) -> frozenset[str]:
-    """Read an operator's list of `host` and `host:port`; raises `ValueError` for anything else."""
+    """Parse an operator's list of `host` and `host:port`. Raises `ValueError` for anything else."""
     listed = set()
     for entry in entries:
         parts = _AUTHORITY.fullmatch(entry)
@@ -130,39 +130,39 @@ def parse_hosts(entries: Collection[str]) -> frozenset[str]:
 
 
 def is_listed(url: Url, hosts: Collection[str]) -> bool:
-    """Whether an operator's list names the host of `url`, on every port or on this one."""
+    """Return whether the allow list contains the host of `url`, for every port or for this one."""
     return url.host in hosts or f"{url.host}:{url.port}" in hosts
 
 
 def is_public(address: IPv4Address | IPv6Address) -> bool:
-    """Whether an address is one of the public internet; IPv6 forms of IPv4 addresses are not."""
+    """Return whether an address is on the public internet. IPv6 forms of IPv4 addresses count as private."""
     if isinstance(address, IPv6Address) and address not in _PUBLIC_V6:
         return False
     return not any(address in network for network in _PRIVATE)
 
 
 def check_url(url: Url, hosts: Collection[str]) -> None:
-    """Raise `UrlRefused` if `url` shows by its text that it is not on the public web, unless it is listed."""
+    """Raise `UrlRefused` if the text of `url` shows a host or port that is neither public nor allowed."""
     if is_listed(url, hosts):
         return
     if url.port not in _PORTS.values():
-        raise UrlRefused("Only the ports 80 and 443 are fetched from.")
+        raise UrlRefused("A URL must use port 80 or 443.")
     local = "." not in url.host or url.host.endswith(tuple(f".{name}" for name in _LOCAL_NAMES))
     if not is_public(url.address) if url.address else local:
         raise UrlRefused("The host is not on the public internet.")
 
 
 def _host(text: str) -> str:
-    """Return the one form of a host: an address as `ipaddress` writes it, a name as it is."""
+    """Return the canonical form of a host: an address as `ipaddress` writes it, a name unchanged."""
     labels = text.split(".")
     try:
         if text.startswith("["):
             return f"[{IPv6Address(text[1:-1])}]"
-        # What ends in a number is an address to every resolver, in forms such as 0x7f.1 or 2130706433 too.
+        # Resolvers take a host that ends in a number for an address, even 0x7f.1 or 2130706433.
         if re.fullmatch(r"[0-9]+|0x[0-9a-f]*", labels[-1]):
             return str(IPv4Address(text))
     except ValueError as error:
-        raise UrlRefused("The host is no address in its usual form.") from error
+        raise UrlRefused("The host is not an address in its usual form.") from error
     if len(text) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
-        raise UrlRefused("The host is no ordinary name.")
+        raise UrlRefused("The host is not a valid name.")
     return text

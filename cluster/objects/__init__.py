@@ -1,1 +1,1 @@
-"""The object store: pictures, manifests and control images, in a directory or an S3 bucket."""
+"""The object store: pictures, videos, manifests and control images, in a directory or an S3 bucket."""

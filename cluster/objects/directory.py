@@ -15,13 +15,13 @@ from cluster.objects.store import PRIVATE, StoreError, check_key
 
 
 class DirectoryStore:
-    """Objects as files below one directory, for the processes of one machine.
+    """Stores objects as files below one directory, for the processes of one machine.
 
-    A file's name ends as its key does, which tells its type: `content_type` is not kept.
+    `content_type` is not stored. The file keeps the extension of its key, which implies the type.
     """
 
     def __init__(self, root: Path) -> None:
-        """Name the directory; it is made with the first object."""
+        """Set the directory. The first stored object creates it."""
         self._root = root.absolute()
 
     def put(self, key: str, data: bytes, content_type: str) -> None:  # noqa: D102
@@ -60,7 +60,7 @@ class DirectoryStore:
         path = self._path(prefix)
         try:
             while path.is_dir():
-                # Where another process removes the same, what it left is removed in another round.
+                # If another process deletes the same files, try again with those that are left.
                 with suppress(FileNotFoundError):
                     shutil.rmtree(path)
             path.unlink(missing_ok=True)
@@ -69,9 +69,9 @@ class DirectoryStore:
 
     @contextmanager
     def _new(self, key: str) -> Iterator[BinaryIO]:
-        """Open a file that becomes the object of `key`, on disk, when the block ends without an error."""
+        """Open a new file. If the block succeeds, it is flushed to disk and becomes the object `key`."""
         path = self._path(key)
-        # No key begins with a dot: what a crash leaves behind is no object.
+        # Keys never start with a dot, so a file left by a crash is not an object.
         unfinished = path.with_name(f".{secrets.token_hex(8)}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,11 +11,11 @@ from cluster.objects.store import ObjectStore
 def open_store(url: str) -> ObjectStore:
     """Return the store at `file://PATH`, a bare path, or `s3://BUCKET/PREFIX?OPTIONS` (docs/operations.md).
 
-    Relative paths start at the working directory. One store per process is enough: its methods may be called
-    from any thread. Raises `ValueError` for any other URL, without repeating it.
+    Relative paths start at the working directory. One store per process is enough: all its methods are
+    thread-safe. Raises `ValueError` for any other URL, without repeating it.
     """
     if url.startswith("s3://"):
-        # The client takes time to import: only where it is wanted.
+        # boto3 is slow to import: only if needed.
         from cluster.objects.s3 import S3Store
 
         return S3Store(url)

@@ -1,7 +1,7 @@
-"""The object store in an S3 bucket: of AWS, or of any server that speaks its protocol.
+"""The object store in an S3 bucket, at AWS or any S3-compatible server.
 
-Credentials come from boto3's own chain (environment, files, container and instance roles), endpoint and
-region from the usual `AWS_*` variables; the URL says the rest.
+Credentials come from boto3's credential chain (environment, files, container and instance roles). Endpoint
+and region come from the usual `AWS_*` variables. The URL holds everything else.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from cluster.objects.store import KEY, StoreError, check_key
 from cluster.telemetry import redact
 
 PART_BYTES = 8 * 2**20
-"""Larger objects travel in parts of this size: a part that fails is sent again, not the whole."""
+"""Larger objects are transferred in parts of this size. A retry repeats one part, not the whole object."""
 
 MAX_EXPIRY_S = 7 * 24 * 3600
-"""The longest life that S3 gives a presigned URL."""
+"""Maximum lifetime of a presigned URL in S3."""
 
 CONNECT_S = 5.0
-"""A store within reach answers at once. The limit also holds for each piece of a body that is sent."""
+"""Connect timeout: a reachable store connects at once. Also limits each write of a request's body."""
 
 READ_S = 30.0
-"""Wait for an answer: the end of a multipart upload takes a store seconds."""
+"""Read timeout. Completing a multipart upload can take a store several seconds."""
 
 ATTEMPTS = 4
-"""With back-off of up to 1, 2 and 4 s. A store that never answers costs two minutes a request, well below the
-limit at which a job that publishes counts as stalled."""
+"""With back-off of up to 1, 2 and 4 s. If the store never answers, a request fails after two minutes, well
+below the stall limit of a job that publishes."""
 
 _TRANSFER = TransferConfig(
     multipart_threshold=PART_BYTES,
     multipart_chunksize=PART_BYTES,
     max_concurrency=4,
-    # The other client would keep neither to these limits nor to the time-outs.
+    # The CRT client would ignore these limits and the timeouts.
     preferred_transfer_client="classic",
 )
 
@@ -65,9 +65,9 @@ _OPTIONS: Mapping[str, tuple[re.Pattern[str], str]] = {
 
 @dataclass(frozen=True, slots=True)
 class S3Url:
-    """What `s3://BUCKET/PREFIX?OPTIONS` says: where objects go, and how they are kept and handed out.
+    """A parsed `s3://BUCKET/PREFIX?OPTIONS`: where objects are stored, and how they are uploaded and served.
 
-    `prefix` is empty or ends with a slash; `upload` are the arguments of every upload beside its type.
+    `prefix` is empty or ends with a slash. `upload` holds the arguments of every upload except its type.
     """
 
     bucket: str
@@ -78,10 +78,12 @@ class S3Url:
 
     @classmethod
     def parse(cls, url: str) -> Self:
-        """Read a URL; raises `ValueError`, without repeating it, for anything that is not known."""
+        """Parse a URL. Raises `ValueError`, without repeating it, for bad syntax or unknown options."""
         match = _URL.fullmatch(url)
         if match is None:
-            raise ValueError("an S3 store is s3://BUCKET/PREFIX?OPTION=VALUE; keys never stand in the URL")
+            raise ValueError(
+                "an S3 store is s3://BUCKET/PREFIX?OPTION=VALUE; credentials do not belong in the URL"
+            )
         bucket, prefix, query = match.groups()
         options = _options(query)
         if "kms_key_id" in options and not options.get("sse", "").startswith("aws:kms"):
@@ -106,11 +108,11 @@ def _options(query: str | None) -> dict[str, str]:
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True)
     except ValueError:
-        # The original repeats what it could not read.
-        raise ValueError("the options of an S3 store are NAME=VALUE, joined by &") from None
+        # The original error repeats the URL's text.
+        raise ValueError("write the options of an S3 store as NAME=VALUE, joined by &") from None
     options = dict(pairs)
     if len(options) < len(pairs) or not options.keys() <= _OPTIONS.keys():
-        raise ValueError(f"the options of an S3 store are {', '.join(_OPTIONS)}, each at most once")
+        raise ValueError(f"an S3 store accepts the options {', '.join(_OPTIONS)}, each at most once")
     for name, value in options.items():
         pattern, meaning = _OPTIONS[name]
         if not pattern.fullmatch(value) or (name == "expires_s" and int(value) > MAX_EXPIRY_S):
@@ -119,10 +121,10 @@ def _options(query: str | None) -> dict[str, str]:
 
 
 class S3Store:
-    """Objects below a prefix of one bucket, for the processes of any number of machines."""
+    """Stores objects below a prefix of one bucket, for processes on any number of machines."""
 
     def __init__(self, url: str) -> None:
-        """Make the client; nothing is asked of the store yet. Raises `ValueError` as `S3Url.parse` does."""
+        """Create the client without contacting the store. Raises `ValueError` as `S3Url.parse` does."""
         self._place = S3Url.parse(url)
         with _faults("the S3 client cannot be set up"):
             self._client = new_client(self._place.addressing)
@@ -168,7 +170,7 @@ class S3Store:
         left: list[dict[str, str]] = []
         with _faults(f"{prefix} cannot be removed"):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=name)
-            # A page holds up to 1000 names, as many as one request may delete.
+            # A page holds up to 1000 names, the maximum of one delete request.
             for page in pages:
                 found = [item["Key"] for item in page.get("Contents", ())]
                 if doomed := [{"Key": key} for key in found if key == name or key.startswith(f"{name}/")]:
@@ -176,7 +178,9 @@ class S3Store:
                     left += self._client.delete_objects(Bucket=bucket, Delete=request).get("Errors", [])
         if left:
             code = redact(str(left[0].get("Code")))
-            raise StoreError(f"{prefix} cannot be removed: {len(left)} objects were refused with {code}")
+            raise StoreError(
+                f"{prefix} cannot be removed: the store refused to delete {len(left)} objects with {code}"
+            )
 
     def _upload(self, key: str, source: BinaryIO | str, content_type: str) -> None:
         name = self._name(key)
@@ -190,31 +194,31 @@ class S3Store:
 
 
 def new_client(addressing: str | None = None) -> Any:  # noqa: ANN401 - botocore makes the class when it runs
-    """Return a client of S3 with our time-outs and attempts, for any number of threads.
+    """Return an S3 client with our timeouts and number of attempts. Clients are thread-safe.
 
-    `addressing` is `path`, `virtual`, or what suits the endpoint. Raises `BotoCoreError`.
+    `addressing` is `path`, `virtual`, or None to choose by the endpoint. Raises `BotoCoreError`.
     """
     own_endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     config = Config(
-        # Without it some regions get URLs of the old kind, which encrypted objects refuse.
+        # Otherwise some regions get signatures of version 2, which do not work for encrypted objects.
         signature_version="s3v4",
         connect_timeout=CONNECT_S,
         read_timeout=READ_S,
         retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
-        # Else botocore breaks on a 5xx that comes with a checksum, instead of asking again.
+        # Otherwise botocore crashes on a 5xx with a checksum instead of retrying.
         response_checksum_validation="when_required",
-        # Left to itself, botocore signs URLs for AWS's global host, which redirects those of other regions to
-        # a host that they are not signed for.
+        # By default botocore signs URLs for AWS's global host, which redirects those of other regions to a
+        # host that the signature does not cover.
         s3={"addressing_style": addressing or ("path" if own_endpoint else "virtual")},
     )
-    # A session of its own: boto3's default one is not safe to share between threads. It reads
-    # AWS_DEFAULT_REGION by itself, but not the name that the other SDKs and AWS's containers use.
+    # A new session, because boto3's default session is not thread-safe. Sessions read AWS_DEFAULT_REGION, but
+    # not AWS_REGION, which other SDKs and AWS's containers use.
     return Session(region_name=os.environ.get("AWS_REGION") or None).client("s3", config=config)
 
 
 @contextmanager
 def _faults(what: str) -> Iterator[None]:
-    """Turn the client's errors into `StoreError`; of an answer only its code is told, texts may hold more."""
+    """Turn the client's errors into `StoreError`. Of a response, only the code is safe to show."""
     try:
         yield
     except ClientError as error:

@@ -1,4 +1,4 @@
-"""What every object store can do, and the keys that name objects in it."""
+"""The interface of every object store, and the keys of objects."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from pathlib import Path
 from typing import Protocol
 
 PRIVATE = "inputs"
-"""First part of the keys of what clients sent; never served."""
+"""First part of the keys of clients' uploads. Never served."""
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}"
 
 KEY = re.compile(rf"{_PART}(?:/{_PART})*")
-"""What names an object, in every store alike."""
+"""Valid keys, the same for every store."""
 
 
 class StoreError(Exception):
-    """The store cannot do what it was asked for now: disk full, away, or no such object."""
+    """The store failed: it is full or unreachable, it refused the request, or there is no such object."""
 
 
 class ObjectStore(Protocol):
-    """Named bytes. A key is parts of letters, digits, `.`, `_` and `-`, joined by `/`.
+    """Stores bytes under keys. A key is parts of letters, digits, `.`, `_` and `-`, joined by `/`.
 
-    Every method raises `ValueError` for any other key, and `StoreError` when the store fails.
+    Every method raises `ValueError` for any other key, and `StoreError` if the store fails.
     """
 
     def put(self, key: str, data: bytes, content_type: str) -> None:
-        """Store `data`, at once and on disk, or not at all; an object of that key is replaced."""
+        """Store `data` durably and atomically. Replaces an existing object."""
         ...
 
     def put_file(self, key: str, path: Path, content_type: str) -> None:
-        """Store a file as `put` stores bytes, without holding it in memory; the file stays where it is."""
+        """Store a copy of a file as `put` does, without loading it into memory."""
         ...
 
     def get(self, key: str) -> bytes:
@@ -39,36 +39,36 @@ class ObjectStore(Protocol):
         ...
 
     def exists(self, key: str) -> bool:
-        """Return whether there is such an object."""
+        """Return whether the object exists."""
         ...
 
     def location(self, key: str) -> str:
-        """Return where the object lies, as users of the machine or bucket name it."""
+        """Return where the object is stored: its path, or its `s3://` URL."""
         ...
 
     def url(self, key: str, base_url: str) -> str:
-        """Return where clients fetch the object: below the gateway at `base_url`, or in the store itself.
+        """Return the URL for clients: below the gateway at `base_url`, or presigned for the store itself.
 
-        Who has the URL may read the object: it must not be logged or kept.
+        Anyone with a presigned URL can read the object, so do not log or store it.
         """
         ...
 
     def local_path(self, key: str) -> Path | None:
-        """Return the file that the gateway may serve for `key`, None for whatever else a client asks for."""
+        """Return the file that the gateway may serve for `key`, None if there is none. Accepts any text."""
         ...
 
     def delete(self, prefix: str) -> None:
-        """Remove the object named `prefix` and all objects below `prefix/`; there may be none."""
+        """Remove the object `prefix` and all objects below `prefix/`, if there are any."""
         ...
 
 
 def check_key(key: str) -> None:
     """Raise `ValueError` unless `key` can name an object."""
     if not KEY.fullmatch(key):
-        raise ValueError(f"not a key of the object store: {key!r}")
+        raise ValueError(f"not a key of an object: {key!r}")
 
 
 def content_key(data: bytes) -> str:
-    """Return the key of a control image: its sha256, so that equal images are stored once."""
+    """Return the key of a control image. It contains the sha256, so equal images are stored only once."""
     digest = hashlib.sha256(data).hexdigest()
     return f"{PRIVATE}/sha256/{digest[:2]}/{digest}"

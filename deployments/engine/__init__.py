@@ -1,1 +1,1 @@
-"""One warm pipeline: checkpoints in, prompts in, pictures and videos out. Usable without Ray."""
+"""One warm pipeline: loads a checkpoint, takes prompts, returns pictures and videos. Needs no Ray."""

@@ -1,4 +1,4 @@
-"""Where a model's files are: in a directory of `org--name` folders, else on the hub. Imports no torch."""
+"""Locates a model's files: in a directory of `org--name` folders, else on the hub. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from cluster.failures import FailureCode, JobFailure
 from deployments.catalog import Checkpoint, Part
 
 LOCAL = "local"
-"""The revision of a checkpoint that is a plain directory."""
+"""Revision reported for a checkpoint in a plain directory."""
 
 _INDEX = "model_index.json"
 
 _TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
-"""Configs and tokenizers. In these patterns a star matches slashes too, hence those that are ignored."""
+"""Configs and tokenizers. A star in these patterns also matches slashes; `ignore_patterns` excludes those."""
 
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A checkpoint on this node; `revision` is the hub's commit or `local`, `variant` that of its files."""
+    """A checkpoint on this node. `revision` is the hub's commit or `local`, `variant` that of the files."""
 
     directory: Path
     revision: str
@@ -33,21 +33,21 @@ class Located:
 
 
 class Checkpoints:
-    """Looks repositories up: in `root` first, then in the hub, whose files are kept in `cache_dir`."""
+    """Looks up repositories in `root`, then on the hub. Hub files are cached in `cache_dir`."""
 
     def __init__(self, root: Path | None, cache_dir: Path | None) -> None:
         self._root = root
         self._cache_dir = cache_dir
 
     def locate(self, checkpoint: Checkpoint, *, without: Collection[str] = ()) -> Located:
-        """Return the directory of a repository in diffusers layout; from the hub only needed files come.
+        """Return the directory of a repository in diffusers layout. Download only the needed files.
 
-        `without` names components that are not loaded. Raises `JobFailure` (MODEL_LOAD_FAILED).
+        `without` names components that are not needed. Raises `JobFailure` (MODEL_LOAD_FAILED).
         """
         return self._locate(checkpoint, lambda: self._download(checkpoint, without))
 
     def locate_part(self, part: Part) -> Located:
-        """Return the directory that holds one component's files; from the hub only its folder comes.
+        """Return the directory of one component's files. Download only that folder.
 
         Raises `JobFailure` (MODEL_LOAD_FAILED).
         """
@@ -71,7 +71,9 @@ class Checkpoints:
         try:
             (file,) = directory.glob("*.safetensors")
         except ValueError as error:
-            raise _not_found(f"{checkpoint.repo}: not one .safetensors file in {directory}") from error
+            raise _not_found(
+                f"{checkpoint.repo}: expected exactly one .safetensors file in {directory}"
+            ) from error
         return file
 
     def _locate(self, checkpoint: Checkpoint, download: Callable[[], Located]) -> Located:
@@ -79,13 +81,13 @@ class Checkpoints:
         if self._root is not None and (self._root / folder).is_dir():
             directory = self._root / folder
             return Located(directory, LOCAL, _variant(directory, checkpoint.variant))
-        looked = f"no folder {folder} in {self._root}" if self._root else "no checkpoint directory is set"
+        searched = f"no folder {folder} in {self._root}" if self._root else "no checkpoint directory is set"
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-            raise _not_found(f"{checkpoint.repo}: {looked}, and HF_HUB_OFFLINE is set")
+            raise _not_found(f"{checkpoint.repo}: {searched}, and HF_HUB_OFFLINE is set")
         try:
             return download()
         except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-            raise _not_found(f"{checkpoint.repo}: {looked}, and the hub says: {error}") from error
+            raise _not_found(f"{checkpoint.repo}: {searched}, and the hub says: {error}") from error
 
     def _download_part(self, part: Part) -> Located:
         path = f"{part.folder}/" if part.folder else ""
@@ -93,7 +95,7 @@ class Checkpoints:
             part.checkpoint.repo,
             revision=part.checkpoint.revision,
             cache_dir=self._cache_dir,
-            # Both libraries name their files so; Mistral's repositories hold the same weights once more.
+            # The names that diffusers and transformers use. Mistral's repositories also hold a second copy.
             allow_patterns=[f"{path}{kind}" for kind in (*_TEXTS, "*model*.safetensors")],
             ignore_patterns=[f"{path}*/*"],
         )
@@ -107,7 +109,7 @@ class Checkpoints:
             for name, entry in json.loads(index.read_text()).items()
             if isinstance(entry, list) and entry[0] and name not in without
         ]
-        # A snapshot's folder is named by its commit: from here on a moving branch cannot mix two revisions.
+        # A snapshot's folder is named after its commit. Pin it, so a moving branch cannot mix two revisions.
         directory, commit = index.parent, index.parent.name
         for weights in [f"*.{variant}*.safetensors", "*.safetensors"] if variant else ["*.safetensors"]:
             wanted = [f"{name}/{kind}" for name in components for kind in (*_TEXTS, weights)]
@@ -128,5 +130,5 @@ def _not_found(message: str) -> JobFailure:
 
 
 def _variant(directory: Path, variant: str | None) -> str | None:
-    """Return the variant if the directory has files of it: mirrors may hold plain files only."""
+    """Return the variant if the directory has files of it, else None: some mirrors hold only plain files."""
     return variant if variant and any(directory.glob(f"*/*.{variant}*.safetensors")) else None

@@ -1,7 +1,7 @@
-"""One warm pipeline: a prompt in, pixels out. The whole numeric path, usable without Ray.
+"""One warm pipeline that turns prompts into pixels: the whole numeric path. Needs no Ray.
 
-Equal inputs give equal pictures: noise comes from a CPU generator that is made anew for each prompt, kernels
-are deterministic, and the global random state is neither read nor changed.
+Equal inputs give equal pictures: each prompt gets a new CPU generator for its noise, kernels are
+deterministic, and the global random state is neither read nor changed.
 """
 
 from __future__ import annotations
@@ -36,18 +36,21 @@ from deployments.settings import WorkerSettings
 from deployments.spec.job import PromptSpec, Sampling
 
 ADAPTER_BYTES = 8 * 2**30
-"""Default room for adapters on the device, and for those in host memory: about 50 of rank 16 for FLUX.1."""
+"""Default limit of adapters on the device, and of those in host memory: about 50 of rank 16 for FLUX.1."""
 
 
 class Engine:
-    """One model's pipeline on one device. For one thread only, but for `prepare` and `prepared`.
+    """One model's pipeline on one device. Use it from one thread; only `prepare` is for other threads.
 
-    `device` is "cpu" or "cuda"; `offload` (one of `OFFLOADS`) does nothing on the CPU; with `vae_tiling` what
-    is larger than a tile is decoded in tiles; `adapter_bytes` and `host_adapter_bytes` bound the adapters on
-    the device and those in host memory, of which those in use are never dropped. After `fuse_after` prompts
-    in a row with the same LoRAs these are fused with the weights, whose layers take twice the memory of the
-    device then. With `compiled` the blocks that the model repeats go through `torch.compile`, for the first
-    prompt of each shape.
+    - `device` is "cpu" or "cuda".
+    - `offload` is one of `OFFLOADS` and has no effect on the CPU.
+    - `vae_tiling` decodes pictures larger than a tile in tiles.
+    - `adapter_bytes` and `host_adapter_bytes` limit the adapters on the device and in host memory.
+      Adapters in use are never dropped.
+    - After `fuse_after` consecutive prompts with the same LoRAs, these are fused into the weights. The fused
+      layers then take twice the device memory.
+    - `compiled` runs the model's repeated blocks through `torch.compile`, which compiles at the first
+      prompt of each shape.
     """
 
     def __init__(
@@ -66,10 +69,10 @@ class Engine:
         if offload not in OFFLOADS:
             raise ValueError(f"offload is {offload!r}; it must be one of {', '.join(OFFLOADS)}")
         if (fuse_after or compiled) and offload != "none":
-            raise ValueError("what is fused or compiled stays on the device: offload must be none")
+            raise ValueError("fused or compiled weights must stay on the device: offload must be none")
         self.spec = spec
         self._device = torch.device(device)
-        # The device's memory is the host's there.
+        # On the CPU there is nothing to offload: device memory is host memory.
         self._offload = "none" if device == "cpu" else offload
         self._loader = Loader(spec, checkpoints, self._device, to_device=self._offload == "none")
         self._checkpoints = checkpoints
@@ -86,7 +89,7 @@ class Engine:
 
     @classmethod
     def of(cls, model: str, settings: WorkerSettings) -> Self:
-        """Return the engine of a model id with these settings, not loaded yet."""
+        """Return the engine of a model id with these settings. It is not loaded yet."""
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(
             CATALOG[model],
@@ -103,8 +106,8 @@ class Engine:
     def load(self) -> None:
         """Load the pipeline to the device, every part in the compute dtype.
 
-        Raises `JobFailure` (MODEL_LOAD_FAILED) for a checkpoint that cannot be had, and what diffusers raises
-        for files that are not what they should be.
+        Raises `JobFailure` (MODEL_LOAD_FAILED) if a checkpoint is unavailable, and whatever diffusers raises
+        for unexpected files.
         """
         be_deterministic()
         pipeline = self._loader.pipeline()
@@ -113,7 +116,7 @@ class Engine:
         if self.spec.image_pipeline:
             self._image_pipeline = with_parts_of(pipeline, self.spec.image_pipeline)
             if self._offload == "model":
-                # Who calls the parts sends the last one back to the host.
+                # The pipeline that runs moves its last part back to the host, so it needs hooks too.
                 place(self._image_pipeline, self._device, self._offload)
         for each in {self._pipeline, self._image_pipeline}:
             each.set_progress_bar_config(disable=True)
@@ -130,20 +133,20 @@ class Engine:
         )
 
     def use(self, loras: Sequence[tuple[LoraFile, float]]) -> list[str]:
-        """Make exactly these adapters active with these multipliers; returns warnings of partial matches.
+        """Make exactly these adapters active with these multipliers. Return warnings about partial matches.
 
-        Raises `JobFailure`: LORA_FORMAT_NOT_SUPPORTED, LORA_NO_MATCH, or LORA_NOT_FOUND for a file that went
-        away. What was active stays so then.
+        Raises `JobFailure`: LORA_FORMAT_NOT_SUPPORTED, LORA_NO_MATCH, or LORA_NOT_FOUND for a file that has
+        disappeared. After a failure the previous adapters stay active.
         """
         return self._loaded_adapters.activate(loras)
 
     @contextmanager
     def prepare(self, file: LoraFile) -> Iterator[None]:
-        """Bring the adapter of a file to host memory, where it stays at least until the block ends.
+        """Preload a file's adapter into host memory, where it stays at least until the block ends.
 
-        From there it goes on to a GPU that has room for it; one on the device is left there. For other
-        threads than the one that renders: a `use` of the same file meanwhile waits for this one instead of
-        reading it too. Raises `JobFailure` as `use`; `RuntimeError` before `load`.
+        If the GPU has room, the adapter is copied there too; one already on the device stays there. Call this
+        from threads other than the rendering one. A concurrent `use` of the same file waits for this call
+        instead of reading the file again. Raises `JobFailure` as `use` does; `RuntimeError` before `load`.
         """
         if self._host is None:
             raise RuntimeError("the engine is not loaded")
@@ -156,7 +159,7 @@ class Engine:
     def render(self, prompt: PromptSpec, controls: Sequence[Image.Image], observer: Observer) -> Media:
         """Render one prompt with the active adapters. Models without control images ignore `controls`.
 
-        Raises `JobFailure` (OUTPUT_NOT_FINITE) where the numbers overflow.
+        Raises `JobFailure` (OUTPUT_NOT_FINITE) if the output contains infinite or NaN values.
         """
         pipeline = self._pipeline_for(controls)
         progress = Progress(observer)
@@ -164,7 +167,7 @@ class Engine:
         tiled = tiled_decode(vae) if vae and self._vae_tiling else nullcontext()
         in_file_dtype = self.spec.sampled(prompt.sampling).products_in_file_dtype
         adapters = self._loaded_adapters.rendering(in_file_dtype=in_file_dtype)
-        # From the arguments on: some hold what a text encoder says, which may have its LoRA too.
+        # The arguments may include text embeddings, and the text encoder may have a LoRA too.
         with torch.inference_mode(), adapters, progress.of_pieces(vae), tiled:
             arguments = self._arguments(prompt, controls)
             with self._sampled(pipeline, prompt.sampling, arguments):
@@ -183,20 +186,20 @@ class Engine:
         return self._adapters.resident if self._adapters else frozenset()
 
     def drop_adapters(self) -> None:
-        """Forget every adapter on the device, active ones too, and give it its memory back."""
+        """Drop every adapter on the device, including active ones, and free their memory."""
         self._loaded_adapters.drop()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     def probe(self) -> None:
-        """Raise if the device no longer computes: a CUDA context stays broken after a kernel fault."""
+        """Raise if the device no longer computes. A CUDA context stays broken after a kernel fault."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         if torch.ones(1, device=self._device).add(1).item() != 2:
             raise RuntimeError("the device computes wrong results")
 
     def describe(self) -> dict[str, Any]:
-        """Return what a manifest says about model, software and device."""
+        """Return the manifest entries about model, software and device."""
         cuda = self._device.type == "cuda"
         return {
             "model": self.spec.id,
@@ -238,15 +241,15 @@ class Engine:
 
     @contextmanager
     def _sampled(self, pipeline: Any, sampling: Sampling, arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
-        """Change the pipeline for the time of a call, whose `arguments` may change as well."""
-        row, own = self.spec.sampled(sampling), pipeline.scheduler
+        """Change the pipeline for one call according to `sampling`. May change `arguments` too."""
+        row, original = self.spec.sampled(sampling), pipeline.scheduler
         if row.scheduler and row.scheduler is not self.spec.scheduler:
             pipeline.scheduler = make_scheduler(*row.scheduler)
         try:
             with row.during(pipeline, arguments) if row.during else nullcontext():
                 yield
         finally:
-            pipeline.scheduler = own
+            pipeline.scheduler = original
 
     def _pipeline_for(self, controls: Sequence[Image.Image]) -> Any:  # noqa: ANN401 - any diffusers pipeline
         return self._image_pipeline if controls else self._pipeline
@@ -264,7 +267,7 @@ class Engine:
             **row.call_options,
         }
         if row.negative_prompt and "negative_prompt" in inspect.signature(pipeline).parameters:
-            # Always a string: to the SD pipelines, none at all means another embedding than an empty one.
+            # Always a string: for None, SD pipelines use another embedding than for an empty string.
             arguments["negative_prompt"] = prompt.neg
         if row.video and prompt.num_frames:
             arguments["num_frames"] = row.video.floor(prompt.num_frames)
@@ -274,13 +277,13 @@ class Engine:
 
 
 def _to_bytes(values: np.ndarray) -> np.ndarray:
-    """Return a picture of 0..1 as uint8, rounded; raises `JobFailure` for one that is no numbers."""
+    """Return a picture in 0..1 as rounded uint8. Raises `JobFailure` for infinite or NaN values."""
     return (_finite(values) * 255).round().astype(np.uint8)
 
 
 def _finite(values: np.ndarray) -> np.ndarray:
     if not np.isfinite(values).all():
-        message = "the output came out as infinite or no numbers: the LoRA is too strong for the model"
+        message = "the output contains infinite or NaN values: the LoRA is too strong for the model"
         raise JobFailure(FailureCode.OUTPUT_NOT_FINITE, message)
     return values
 

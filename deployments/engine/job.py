@@ -1,19 +1,17 @@
-"""A whole job on one engine: LoRAs in, one picture or video per prompt out, each with its manifest.
+"""Renders a whole job on one engine: one picture or video per prompt, each with its manifest.
 
-Workers and `lora-serve render` share this path, so a mismatch can be hunted without a cluster.
+Workers and `lora-serve render` share this path, so a mismatch can be debugged without a cluster.
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias
 
-import torch
 from PIL import Image
 
 from cluster.failures import FailureCode, JobFailure
@@ -21,19 +19,17 @@ from cluster.jobs.model import Phase
 from deployments.engine.control_images import Controls
 from deployments.engine.engine import Engine
 from deployments.engine.media import Media
+from deployments.engine.out_of_memory import fit
 from deployments.engine.progress import Observer
 from deployments.loras.sources.lora_root import LoraFile
 from deployments.loras.sources.loras import Tick
 from deployments.spec.job import LoraSpec, PromptSpec, RenderSpec, bare
 
-logger = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
 _Weighted: TypeAlias = list[tuple[LoraFile, LoraSpec]]
 
 
 class LoraOpener(Protocol):
-    """Where a job's LoRAs come from: `Loras`, or what was brought for the job."""
+    """Opens a job's LoRAs: `Loras`, or the `Arrival` of LoRAs prefetched for the job."""
 
     def open(self, lora: LoraSpec, *, tick: Tick, token: str | None) -> AbstractContextManager[LoraFile]:
         """As `Loras.open`."""
@@ -41,29 +37,29 @@ class LoraOpener(Protocol):
 
 
 class JobObserver(Observer, Protocol):
-    """Who follows a whole job; may raise from any method to end it."""
+    """Receives the progress of a whole job. May raise from any method to end the job."""
 
     def begin_prompt(self, index: int) -> None:
-        """Prompt `index` is next."""
+        """Handle that prompt `index` is next."""
         ...
 
 
 class Unwatched:
-    """Observer of a job that nobody follows."""
+    """Observer that ignores all progress."""
 
     def begin_prompt(self, index: int) -> None:
-        """Nothing to tell."""
+        """Do nothing."""
 
     def on_phase(self, phase: Phase) -> None:
-        """Nothing to tell."""
+        """Do nothing."""
 
     def on_step(self, done: int, total: int) -> None:
-        """Nothing to tell."""
+        """Do nothing."""
 
 
 @dataclass(slots=True)
 class Report:
-    """What a job tells beside its outputs: warnings, seconds by part, and the sha256 of its adapters."""
+    """What a job reports besides its outputs: warnings, seconds by part, and the sha256 of its adapters."""
 
     warnings: list[str] = field(default_factory=list)
     timings: dict[str, Any] = field(default_factory=dict)
@@ -72,7 +68,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """One prompt's media before any encoding, and what produced it."""
+    """One prompt's media before any encoding, and the manifest that says what produced it."""
 
     index: int
     media: Media
@@ -90,11 +86,11 @@ def render_job(
     skip: Collection[int] = (),
     hf_token: str | None = None,
 ) -> Iterator[Rendered]:
-    """Render the prompts of `spec` in order, without those in `skip`.
+    """Render the prompts of `spec` in order, except those in `skip`.
 
-    `loras` and `controls` open what the job names; `hf_token` wins over the server's own. Warnings and
-    timings are added to `report`. Raises `JobFailure` where the job itself is at fault or the device has no
-    room, and whatever the observer raises.
+    `loras` and `controls` open the job's LoRAs and control images. `hf_token` takes precedence over the
+    server's token. Warnings and timings are added to `report`. Raises `JobFailure` if the job itself is at
+    fault or the device has too little memory, and whatever the observer raises.
     """
 
     def fetching() -> None:
@@ -110,34 +106,34 @@ def render_job(
         report.adapters = frozenset(file.sha256 for file, _ in chosen)
         observer.on_phase(Phase.LOAD)
         fetched = time.monotonic()
-        report.warnings += _fitting(engine, "the LoRA", partial(_use, engine, chosen))
+        report.warnings += fit(engine, "the LoRA", partial(_use, engine, chosen))
         report.timings |= {"fetch": fetched - begun, "adapters": time.monotonic() - fetched, "prompts": []}
-        held: dict[str, Image.Image] = {}
+        opened: dict[str, Image.Image] = {}
         for index, prompt in enumerate(spec.prompts):
             if index in skip:
                 continue
             observer.begin_prompt(index)
-            # Prompts in a row often have the same images.
-            held = {name: held.get(name) or controls.open(name, fetching) for name in prompt.controls}
+            # Consecutive prompts often have the same images.
+            opened = {name: opened.get(name) or controls.open(name, fetching) for name in prompt.controls}
             started = time.monotonic()
-            images = [_shaped(engine, prompt, held[name]) for name in prompt.controls]
-            weighted = [(file, _weigh(lora, prompt)) for file, lora in chosen]
+            images = [_check_shape(engine, prompt, opened[name]) for name in prompt.controls]
+            weighted = [(file, _with_multiplier(lora, prompt)) for file, lora in chosen]
             render = partial(_render, engine, weighted, prompt, images, observer)
-            media = _fitting(engine, f"{prompt.width}x{prompt.height}", render)
+            media = fit(engine, f"{prompt.width}x{prompt.height}", render)
             report.timings["prompts"].append(time.monotonic() - started)
             yield Rendered(index, media, _manifest(engine, prompt, weighted) | media.measures)
 
 
-def _shaped(engine: Engine, prompt: PromptSpec, image: Image.Image) -> Image.Image:
-    """Return the image if the model takes its shape; of one from the web nobody knew it before."""
+def _check_shape(engine: Engine, prompt: PromptSpec, image: Image.Image) -> Image.Image:
+    """Return the image if the model accepts its shape, which for an image from the web is known only now."""
     if not engine.spec.sampled(prompt.sampling).control_images.take(image.size):
-        message = f"the model takes no control image of {image.width}x{image.height}"
+        message = f"the model does not accept a control image of {image.width}x{image.height} pixels"
         raise JobFailure(FailureCode.CONTROL_IMAGE_SHAPE, message)
     return image
 
 
-def _weigh(lora: LoraSpec, prompt: PromptSpec) -> LoraSpec:
-    """Return the LoRA with the weight that the prompt gives it, if it does."""
+def _with_multiplier(lora: LoraSpec, prompt: PromptSpec) -> LoraSpec:
+    """Return the LoRA with the prompt's multiplier, if the prompt has one."""
     return lora if prompt.multiplier is None else lora.model_copy(update={"multiplier": prompt.multiplier})
 
 
@@ -148,32 +144,8 @@ def _use(engine: Engine, weighted: _Weighted) -> list[str]:
 def _render(
     engine: Engine, weighted: _Weighted, prompt: PromptSpec, controls: list[Image.Image], observer: Observer
 ) -> Media:
-    _use(engine, weighted)  # Free unless a lack of memory has dropped them.
+    _use(engine, weighted)  # Costs nothing unless they were dropped for lack of memory.
     return engine.render(prompt, controls, observer)
-
-
-def _fitting(engine: Engine, what: str, action: Callable[[], _T]) -> _T:
-    """Run `action`; where the device has no room for it, drop all adapters and run it once more."""
-    try:
-        return action()
-    except RuntimeError as error:
-        if not _lacks_memory(error):
-            raise
-        logger.warning("out of device memory for %s; adapters are dropped for a second try", what)
-    # Outside of the handler: the exception's frames hold the tensors that have to go.
-    engine.drop_adapters()
-    try:
-        return action()
-    except RuntimeError as error:
-        if not _lacks_memory(error):
-            raise
-        message = f"there is no room for {what} in the memory of the device"
-        raise JobFailure(FailureCode.OUT_OF_MEMORY, message) from error
-
-
-def _lacks_memory(error: RuntimeError) -> bool:
-    """Whether the device had no room; on the CPU torch says so in words only (alloc_cpu.cpp)."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 def _manifest(engine: Engine, prompt: PromptSpec, weighted: _Weighted) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From a row of the catalogue to its pipeline: which files become which part, in which dtype, and where."""
+"""Loads the pipeline of a catalogue row: each part's files, dtype and device."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from deployments.engine.classes import load_class, make_scheduler
 
 
 class Loader:
-    """Loads what a row names, every part in the compute dtype.
+    """Loads the parts that a row names, each in the compute dtype.
 
-    With `to_device` weights are read straight to the device, with no copy in host memory before.
+    With `to_device`, weights are read straight to the device, without a copy in host memory first.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Loader:
 
     @property
     def dtype(self) -> torch.dtype:
-        """As the reference: bfloat16 where the GPU has it, else float16; float32 on the CPU."""
+        """As in the reference: bfloat16 if the GPU supports it, else float16; float32 on the CPU."""
         if self._device.type == "cpu":
             return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -41,11 +41,11 @@ class Loader:
     def pipeline(self) -> Any:  # noqa: ANN401 - any diffusers pipeline
         """Load the pipeline, adjusted as its row says.
 
-        Raises `JobFailure` (MODEL_LOAD_FAILED) for a checkpoint that cannot be had, and what diffusers raises
-        for files that are not what they should be.
+        Raises `JobFailure` (MODEL_LOAD_FAILED) if a checkpoint is unavailable, and whatever diffusers raises
+        for unexpected files.
         """
         diffusers.utils.logging.disable_progress_bar()
-        # Their warnings quote prompts.
+        # The warnings of these modules quote prompts.
         logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
         transformers.utils.logging.disable_progress_bar()
         # Transformers initialises some parts at random before it reads their weights.
@@ -59,7 +59,7 @@ class Loader:
         return pipeline
 
     def part(self, name: str, part: Part) -> Any:  # noqa: ANN401 - a model or a tokenizer
-        """Load a part by itself. Raises as `pipeline`."""
+        """Load a single part. Raises the same errors as `pipeline`."""
         located = self._checkpoints.locate_part(part)
         self._parts[name] = f"{part.checkpoint.repo}@{located.revision}"
         part_class = load_class(part.class_name)
@@ -68,7 +68,7 @@ class Loader:
         return part_class.from_pretrained(located.directory, local_files_only=True, **options)
 
     def origin(self) -> dict[str, Any]:
-        """Return what a manifest says of where the weights came from."""
+        """Return the manifest entries that say where the weights came from."""
         return {
             "checkpoint": self._spec.checkpoint.repo,
             "revision": self._located.revision if self._located else None,
@@ -76,13 +76,13 @@ class Loader:
         }
 
     def _assemble(self) -> Any:  # noqa: ANN401 - any diffusers pipeline
-        spec, own_class = self._spec, load_class(self._spec.pipeline)
+        spec, pipeline_class = self._spec, load_class(self._spec.pipeline)
         parts = {name: self.part(name, part) for name, part in spec.parts.items()}
         if spec.assembled:
-            return own_class(**parts, scheduler=None, **spec.load_options)
+            return pipeline_class(**parts, scheduler=None, **spec.load_options)
         absent = [name for name, value in spec.load_options.items() if value is None]
         self._located = self._checkpoints.locate(spec.checkpoint, without=[*absent, *parts])
-        pipeline = own_class.from_pretrained(
+        pipeline = pipeline_class.from_pretrained(
             self._located.directory,
             variant=self._located.variant,
             dtype=self.dtype,
@@ -90,7 +90,7 @@ class Loader:
             local_files_only=True,
             **self._options,
             **spec.load_options,
-            # It refuses a plain tokenizer in a processor's place; that comes afterwards.
+            # `from_pretrained` refuses a plain tokenizer for a processor; `register_modules` adds it below.
             **{name: part if isinstance(part, torch.nn.Module) else None for name, part in parts.items()},
         )
         pipeline.register_modules(**parts)
@@ -98,7 +98,7 @@ class Loader:
 
 
 def be_deterministic() -> None:
-    """Choose kernels that give the same bits each time. The workspace is read when cuBLAS starts."""
+    """Choose kernels that give the same bits each time. cuBLAS reads the variable when it starts."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False

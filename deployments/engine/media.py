@@ -1,4 +1,4 @@
-"""Media between arrays and files: what pipelines give, what clients send and get. Imports no torch."""
+"""Converts media between arrays and files: encodes outputs, decodes control images. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from deployments.engine.videos import Sound, write_mp4, write_webp
 from deployments.spec.formats import OutputFormat
 
 QUALITY = 95
-"""Of JPEG and lossy WEBP pictures, as the reference server saves its JPEG."""
+"""Quality of JPEG and lossy WEBP pictures; the reference server saves JPEG with it."""
 
 MANIFEST_KEY = "lora-serve"
 """Keyword of the PNG text chunk that holds the manifest as JSON."""
 
 _PIECE = 2**20
-"""Characters of base64 decoded at a time: one call for 64 MB would hold the interpreter for half a second."""
+"""Characters of base64 decoded per call. One call for 64 MB would hold the GIL for half a second."""
 
 _CONTROL_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
 class ImageRejected(ValueError):
-    """A control image that cannot be used; the text is a sentence for its sender."""
+    """A control image that cannot be used. The text is a sentence for the client."""
 
 
 class ImageTooLarge(ImageRejected):
@@ -41,9 +41,9 @@ class ImageTooLarge(ImageRejected):
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """What a prompt rendered to, before any encoding: uint8, RGB, H x W x 3, or F x H x W x 3 for a video.
+    """A rendered prompt before any encoding: uint8, RGB, H x W x 3, or F x H x W x 3 for a video.
 
-    `fps` are the frames per second of a video, None for a picture; some videos have sound.
+    `fps` is the number of frames per second of a video, None for a picture. Some videos have sound.
     """
 
     pixels: np.ndarray
@@ -52,7 +52,7 @@ class Media:
 
     @property
     def measures(self) -> dict[str, int]:
-        """Width and height in pixels, of a video also `num_frames` and `fps`."""
+        """Width and height in pixels; for a video also `num_frames` and `fps`."""
         *frames, height, width, _ = self.pixels.shape
         size = {"width": width, "height": height}
         return size if self.fps is None else {**size, "num_frames": frames[0], "fps": self.fps}
@@ -65,10 +65,10 @@ def save(
     path: Path,
     moved: Callable[[], None] = lambda: None,
 ) -> None:
-    """Encode a picture (jpeg, png, webp) or a video (webp, mp4) into a new file, named for its format.
+    """Encode a picture (jpeg, png, webp) or a video (webp, mp4) to `path`, whose suffix fits the format.
 
-    PNG keeps every pixel and carries the manifest; JPEG and WEBP pictures have quality 95. `moved` is called
-    for each frame of a video, and may raise to end it. Raises `OSError`.
+    PNG keeps every pixel and holds the manifest. JPEG and WEBP pictures have quality 95. `moved` is called
+    for each frame of a video and may raise to stop encoding. Raises `OSError`.
     """
     if media.fps is None:
         _save_picture(Image.fromarray(media.pixels), format, manifest, path)
@@ -98,18 +98,18 @@ def decode_control(data: bytes, max_pixels: int) -> Image.Image:
             raise ImageTooLarge(f"The control image is larger than {max_pixels} pixels.")
         return image.convert("RGB")
     except UnidentifiedImageError as error:
-        raise ImageRejected("The control image is no PNG, JPEG, WEBP, GIF or BMP picture.") from error
+        raise ImageRejected("The control image is not a PNG, JPEG, WEBP, GIF or BMP picture.") from error
     except Image.DecompressionBombError as error:
         raise ImageTooLarge(f"The control image is larger than {max_pixels} pixels.") from error
     except ImageRejected:
         raise
     except Exception as error:
-        # Pillow's decoders raise whatever their format's parser met: OSError, SyntaxError, struct.error, ...
+        # Pillow's decoders raise many types: OSError, SyntaxError, struct.error, ...
         raise ImageRejected("The control image is damaged or truncated.") from error
 
 
 def decode_base64(text: str) -> bytes:
-    """Decode base64 with or without a `data:...;base64,` prefix; white space is ignored.
+    """Decode base64 with or without a `data:...;base64,` prefix. White space is ignored.
 
     Raises `ImageRejected` for anything else.
     """

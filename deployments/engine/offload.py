@@ -1,4 +1,4 @@
-"""Where the weights of a pipeline are while they wait: on the device, or in host memory."""
+"""Where a pipeline's weights are stored while they are not in use: on the device or in host memory."""
 
 from __future__ import annotations
 
@@ -10,17 +10,23 @@ from diffusers.hooks.group_offloading import apply_group_offloading
 from deployments.catalog.memory import encodes_text
 
 OFFLOADS = ("none", "text", "model", "group", "sequential")
-"""Text encoders only, a layer at a time; a whole part at a time; every part a layer at a time, on a stream of
-its own or not."""
+"""What moves to host memory:
+
+- none: nothing;
+- text: the text encoders, layer by layer, on a separate stream;
+- model: every part, a whole part at a time;
+- group: every part, layer by layer, on a separate stream;
+- sequential: every part, layer by layer, without a separate stream.
+"""
 
 
 def place(pipeline: Any, device: torch.device, offload: str) -> None:  # noqa: ANN401 - any diffusers pipeline
-    """Bring a loaded pipeline to `device`, or let its parts come there when they compute."""
-    # The next layer comes on a stream of its own while one computes; pinned as it goes, or host memory would
-    # hold every weight twice.
+    """Move a loaded pipeline to `device`, or install hooks that move its parts there when they compute."""
+    # The next layer is copied on a separate stream while one computes. Pin layers one by one
+    # (`low_cpu_mem_usage`); else host memory would hold every weight twice.
     streamed = {"offload_type": "leaf_level", "use_stream": device.type == "cuda", "low_cpu_mem_usage": True}
     if offload == "none":
-        # What is there already stays; an adjusted pipeline may hold more than was loaded.
+        # Parts that were loaded straight to the device stay; adjusting may have added modules on the host.
         pipeline.to(device)
     elif offload == "text":
         for name, part in pipeline.components.items():

@@ -1,4 +1,4 @@
-"""Decoding in overlapping tiles, which takes less memory and blends where tiles meet."""
+"""Decodes in overlapping tiles, which takes less memory and blends the tiles where they meet."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 @contextmanager
 def tiled_decode(vae: Any) -> Iterator[None]:  # noqa: ANN401 - any diffusers VAE
-    """Let `vae` decode in tiles of its own size what is larger than one, and encode whole as ever."""
-    whole = vae.decode
+    """Make `vae` decode pictures larger than its tile size in tiles. It still encodes without tiles."""
+    original = vae.decode
 
     def decode(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         vae.enable_tiling()
         try:
-            return whole(*args, **kwargs)
+            return original(*args, **kwargs)
         finally:
             vae.disable_tiling()
 
@@ -23,4 +23,4 @@ def tiled_decode(vae: Any) -> Iterator[None]:  # noqa: ANN401 - any diffusers VA
     try:
         yield
     finally:
-        vae.decode = whole
+        vae.decode = original

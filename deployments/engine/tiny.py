@@ -1,7 +1,7 @@
 """Tiny checkpoints with made-up weights: a real pipeline end to end without a GPU, a hub or an account.
 
-One mechanism for the demo and for the parity tests: configs and tokenizers are files, weights follow a rule
-that needs no stored bytes, so that everybody who runs it gets the same model.
+The demo and the parity tests use the same mechanism. Configs and tokenizers are files. Weights are generated
+from their names, so nothing is stored and everyone gets the same model.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from transformers.utils import SAFE_WEIGHTS_NAME as TRANSFORMERS_WEIGHTS
 from deployments.catalog.lazy import Lazy
 
 TINY_FLUX = Path(__file__).parent / "tiny_flux"
-"""Configs and tokenizers of a FLUX.1 of two double and two single blocks, 32 wide."""
+"""Configs and tokenizers of a FLUX.1 with two double and two single blocks, 32 wide."""
 
 _RANK = 4
 
-_OTHERS = {
+_MODULES = {
     "OmniGen2Transformer2DModel": "deployments.pipelines.omnigen2_transformer",
     "LTX2LatentUpsamplerModel": "diffusers.pipelines.ltx2.latent_upsampler",
 }
-"""Modules of classes that configs name and that no library exports at its top."""
+"""Modules of classes that configs name but that no library exports at its top level."""
 
 
 def materialize(source: Path, target: Path, model_class: type[PreTrainedModel] | None = None) -> None:
-    """Write a checkpoint in diffusers layout, float32 safetensors, from one that has configs but no weights.
+    """Write a checkpoint in diffusers layout, float32 safetensors, from a checkpoint without weights.
 
-    `source` holds `model_index.json` and a folder per component, or components alone, each beside its
-    `config.json`; `model_class` is what they are of where their configs do not say it. The global random
-    state is left as it was.
+    `source` holds `model_index.json` and a folder per component, or only component folders, each with a
+    `config.json`. `model_class` overrides the class that the configs name. The global random state is
+    unchanged.
     """
     shutil.copytree(source, target, dirs_exist_ok=True)
     index = source / "model_index.json"
@@ -49,12 +49,14 @@ def materialize(source: Path, target: Path, model_class: type[PreTrainedModel] |
     # Schedulers and tokenizers have no config.json and no weights.
     for file in sorted(source.rglob("config.json")):
         library, class_name = entries.get(file.parent.name) or _class_of(json.loads(file.read_text()))
-        made = model_class or _stated(library, class_name) or Lazy(_OTHERS[class_name], class_name).load()
-        _materialize_component(made, target / file.parent.relative_to(source))
+        component_class = (
+            model_class or _find_class(library, class_name) or Lazy(_MODULES[class_name], class_name).load()
+        )
+        _materialize_component(component_class, target / file.parent.relative_to(source))
 
 
 def write_tiny_checkpoints(target: Path) -> None:
-    """Write tiny stand-ins of FLUX.1-dev and FLUX.1-Kontext-dev as `org--name` folders below `target`."""
+    """Write tiny versions of FLUX.1-dev and FLUX.1-Kontext-dev as `org--name` folders below `target`."""
     for name, pipeline in (("FLUX.1-dev", "FluxPipeline"), ("FLUX.1-Kontext-dev", "FluxKontextPipeline")):
         folder = target / f"black-forest-labs--{name}"
         materialize(TINY_FLUX, folder)
@@ -63,7 +65,7 @@ def write_tiny_checkpoints(target: Path) -> None:
 
 
 def write_tiny_lora(path: Path, seed: int) -> None:
-    """Write a LoRA of rank 4 for the tiny FLUX.1, bfloat16, in the key format of the trainer."""
+    """Write a LoRA of rank 4 for the tiny FLUX.1, bfloat16, in the trainer's key format."""
     config = json.loads((TINY_FLUX / "transformer" / "config.json").read_text())
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(**{key: config[key] for key in config if key[0] != "_"})
@@ -76,12 +78,12 @@ def write_tiny_lora(path: Path, seed: int) -> None:
             tensors[f"transformer.{name}.lora_A.weight"] = down.bfloat16()
             tensors[f"transformer.{name}.lora_B.weight"] = up.bfloat16()
     path.parent.mkdir(parents=True, exist_ok=True)
-    # One entry of metadata: safetensors writes several in no fixed order, and the file's hash is its name.
+    # Only one metadata entry: safetensors writes several in no fixed order, and the file must hash the same.
     save_file(tensors, path, metadata={"ss_base_model_version": "flux.1"})
 
 
-def _stated(library: str, class_name: str) -> Any:  # noqa: ANN401 - a class or None
-    """Return a class by diffusers' naming: of a library, or of the pipeline's folder in its own."""
+def _find_class(library: str, class_name: str) -> Any:  # noqa: ANN401 - a class or None
+    """Return a class of a library or, in diffusers, of a pipeline's folder; None if there is none."""
     module = {"diffusers": diffusers, "transformers": transformers}.get(library)
     return getattr(module or getattr(diffusers.pipelines, library, None), class_name, None)
 
@@ -106,9 +108,9 @@ def _materialize_component(model_class: Any, folder: Path) -> None:  # noqa: ANN
 
 @torch.no_grad()
 def _fill_weights(model: torch.nn.Module) -> None:
-    """Replace every floating-point parameter, in place, by numbers that its name alone decides.
+    """Replace every floating-point parameter, in place, by numbers that depend only on its name.
 
-    With `r` standard normal, seeded by the crc32 of the name: `r / sqrt(fan_in)` for two and more dimensions,
+    With `r` standard normal, seeded by the crc32 of the name: `r / sqrt(fan_in)` for two or more dimensions,
     `1 + 0.1 r` for scales, `0.1 r` for the rest. A tied parameter takes the values of its first name.
     """
     done: set[int] = set()

@@ -1,4 +1,4 @@
-"""Videos to files, frame by frame: no second copy of all frames is ever held. Imports no torch."""
+"""Writes videos to files frame by frame, without a second copy of all frames. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from PIL import Image
 
 @dataclass(frozen=True, slots=True)
 class Sound:
-    """Samples float32 [channels, samples] in [-1, 1], and how many there are in a second."""
+    """Samples float32 [channels, samples] in [-1, 1], and `rate`, the number of samples per second."""
 
     samples: np.ndarray
     rate: int
 
 
 def write_webp(frames: np.ndarray, fps: int, path: Path, moved: Callable[[], None]) -> None:
-    """Write an animated WEBP as the reference server does: Pillow's default quality, for ever.
+    """Write an animated WEBP as the reference server does: Pillow's default quality, in an endless loop.
 
-    `frames` are uint8, F x H x W x 3, shown for a whole number of milliseconds each. `moved` is called before
-    each frame, and may raise.
+    `frames` is uint8, F x H x W x 3. Each frame is shown for a whole number of milliseconds. `moved` is
+    called before each frame but the first and may raise to stop.
     """
     first, rest = Image.fromarray(frames[0]), _Frames(frames[1:], moved)
     first.save(path, "WEBP", save_all=True, append_images=[rest], duration=int(1000 / fps), loop=0)
@@ -36,10 +36,10 @@ def write_webp(frames: np.ndarray, fps: int, path: Path, moved: Callable[[], Non
 def write_mp4(
     frames: np.ndarray, fps: int, path: Path, moved: Callable[[], None], sound: Sound | None = None
 ) -> None:
-    """Write an MP4 as the reference server does: H.264 in 4:2:0, all else as libx264 has it by default.
+    """Write an MP4 as the reference server does: H.264 in 4:2:0, otherwise with libx264's defaults.
 
-    `frames` are uint8, F x H x W x 3, both sides even; sound becomes AAC at its own rate. `moved` is called
-    after each frame, and may raise. Raises `OSError` where ffmpeg fails.
+    `frames` is uint8, F x H x W x 3, with even height and width. Sound becomes AAC at its own rate. `moved`
+    is called after each frame and may raise to stop. Raises `OSError` if ffmpeg fails.
     """
     with TemporaryDirectory(prefix="lora-serve-") as folder:
         audio = Path(folder, "sound.wav") if sound else None
@@ -52,7 +52,7 @@ def _write_mp4(
     frames: np.ndarray, fps: int, path: Path, moved: Callable[[], None], audio: Path | None
 ) -> None:
     _, height, width, _ = frames.shape
-    # No quality of its own; None is not in the type of the parameter.
+    # `quality` None selects libx264's default; the parameter's type does not allow it, hence Any.
     options: Any = {"codec": "libx264", "quality": None, "macro_block_size": 1, "ffmpeg_log_level": "error"}
     if audio:
         options |= {"audio_path": str(audio), "audio_codec": "aac"}
@@ -62,7 +62,7 @@ def _write_mp4(
         for frame in frames:
             writer.send(np.ascontiguousarray(frame))
             moved()
-    # The writer says nothing where ffmpeg fails at its end, when the disk is full for example.
+    # The writer raises nothing if ffmpeg fails at the end, for example when the disk is full.
     try:
         written, _ = imageio_ffmpeg.count_frames_and_secs(path)
     except RuntimeError as error:
@@ -72,7 +72,7 @@ def _write_mp4(
 
 
 def _write_wav(sound: Sound, path: Path) -> None:
-    """Write sound as 16 bits a sample, the channels' samples in turn."""
+    """Write sound as a WAV file with 16 bits per sample and interleaved channels."""
     with wave.open(str(path), "wb") as file:
         file.setnchannels(len(sound.samples))
         file.setsampwidth(2)
@@ -81,7 +81,7 @@ def _write_wav(sound: Sound, path: Path) -> None:
 
 
 class _Frames:
-    """Frames as Pillow reads an animation's: it seeks one, which then answers for everything else."""
+    """Frames in the form that Pillow reads: `seek` selects a frame, and other attributes are that frame's."""
 
     def __init__(self, frames: np.ndarray, moved: Callable[[], None]) -> None:
         self._frames = frames
@@ -92,5 +92,5 @@ class _Frames:
         self._moved()
         self._frame = Image.fromarray(self._frames[frame])
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever Pillow asks of an image
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - any attribute of an image
         return getattr(self._frame, name)

@@ -1,1 +1,1 @@
-"""One module per model family: how its pipeline is loaded and called, where that differs from diffusers."""
+"""One module per model family, for whatever differs from a plain diffusers pipeline or call."""

@@ -1,4 +1,4 @@
-"""Chroma: how the text is encoded and masked, where diffusers differs from the code it was trained with."""
+"""Chroma: text encoding and masking as in training, where diffusers differs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _TEXT_TOKENS = 512
 
 
 def correct_norms(pipeline: Any) -> None:  # noqa: ANN401 - any diffusers pipeline
-    """Set the epsilon of the guidance layer's norms; diffusers takes that of the dtype, large in bfloat16."""
+    """Set the epsilon of the guidance layer's norms. diffusers uses the dtype's, large in bfloat16."""
     for norm in pipeline.transformer.distilled_guidance_layer.norms:
         norm.eps = 1e-6
 
 
 def text_arguments(pipeline: Any, prompt: PromptSpec, _controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401
-    """Arguments for the prompt and, with guidance above 1, the empty text that it is guided away from."""
+    """Arguments for the prompt and, with guidance above 1, an empty negative prompt."""
     return _arguments(pipeline, prompt, neg="", counted_in=torch.long)
 
 
 def preview_arguments(pipeline: Any, prompt: PromptSpec, _controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401
-    """As above with the negative prompt. The trainer counts tokens in the model's dtype: bfloat16 rounds."""
+    """As `text_arguments`, with the negative prompt. The trainer rounds the token count to the dtype."""
     return _arguments(pipeline, prompt, neg=prompt.neg, counted_in=pipeline.text_encoder.dtype)
 
 
@@ -41,10 +41,10 @@ def _arguments(pipeline: Any, prompt: PromptSpec, neg: str, counted_in: torch.dt
 
 
 def _encode(pipeline: Any, text: str, counted_in: torch.dtype) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-    """Return T5's embedding [1, 512, width] and the mask [1, 512] of what the transformer attends to.
+    """Return T5's embedding [1, 512, width] and the transformer's attention mask [1, 512].
 
-    T5 sees the padding as well. The transformer sees the text and one token of padding; its mask is boolean,
-    because diffusers' own of zeros and ones is added to the logits, which hardly masks anything.
+    T5 also sees the padding. The transformer sees the text and one token of padding. The mask is boolean:
+    diffusers' mask of zeros and ones is added to the logits, which masks almost nothing.
     """
     tokens = pipeline.tokenizer(
         text, padding="max_length", truncation=True, max_length=_TEXT_TOKENS, return_tensors="pt"

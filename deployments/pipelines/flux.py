@@ -1,4 +1,4 @@
-"""FLUX.1 and Flex: what differs from a plain diffusers call."""
+"""FLUX.1 Kontext and Flex.2: what differs from a plain diffusers call."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from deployments.spec.job import PromptSpec
 
 
 def edit_arguments(_pipeline: Any, prompt: PromptSpec, controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401
-    """Arguments for FLUX.1 Kontext: the control image stretched to the output size, as it was trained.
+    """Arguments for FLUX.1 Kontext: the control image stretched to the output size, as in training.
 
-    A preview's size may be no multiple of 16: diffusers then resizes the image once more. Without the last
-    two arguments it would scale the output to one megapixel and the image to sizes of its own.
+    If a preview's size is not a multiple of 16, diffusers resizes the image once more. `max_area` and
+    `_auto_resize` keep diffusers from scaling the output to one megapixel and the image to preferred sizes.
     """
     width, height = prompt.width // 16 * 16, prompt.height // 16 * 16
     return {
@@ -29,20 +29,20 @@ def edit_arguments(_pipeline: Any, prompt: PromptSpec, controls: Sequence[Image.
 
 
 def feed_flex2(pipeline: Any) -> None:  # noqa: ANN401 - any diffusers pipeline
-    """Make FLUX.1's pipeline drive Flex.2, which sees 132 more channels: nothing kept, nothing to follow.
+    """Let FLUX.1's pipeline drive Flex.2, which has 132 more input channels, without inpainting or control.
 
-    The pipeline takes the size of its latents from `in_channels`; the transformer itself keeps its 196.
+    The pipeline derives its latents from the configured `in_channels`. The transformer still has 196 inputs.
     """
     pipeline.transformer.register_to_config(in_channels=64)
-    pipeline.transformer.register_forward_pre_hook(_widen, with_kwargs=True)
+    pipeline.transformer.register_forward_pre_hook(_append_empty_channels, with_kwargs=True)
 
 
-def _widen(
+def _append_empty_channels(
     _transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Append to the latents [batch, tokens, 64]: inpaint latents (64), mask (4), control latents (64)."""
     latents = kwargs["hidden_states"]
-    nothing = torch.zeros_like(latents)
+    empty = torch.zeros_like(latents)
     # Ones in the mask: paint everything.
-    wide = torch.cat([latents, nothing, torch.ones_like(latents[..., :4]), nothing], dim=-1)
-    return args, {**kwargs, "hidden_states": wide}
+    extended = torch.cat([latents, empty, torch.ones_like(latents[..., :4]), empty], dim=-1)
+    return args, {**kwargs, "hidden_states": extended}

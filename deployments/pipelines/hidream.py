@@ -1,4 +1,4 @@
-"""HiDream-I1 and E1: the schedule that they are sampled with, how their fourth text encoder is padded."""
+"""HiDream-I1 and E1: their sampling schedule and the padding of their fourth text encoder."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from PIL import Image
 
 from deployments.spec.job import PromptSpec
 
-_FIRST = np.float32(3 * 0.999 / (1 + 2 * 0.999))
-"""Where the sigmas start: 0.999, the noisiest of a thousand training steps, after a shift of 3."""
+_FIRST_SIGMA = np.float32(3 * 0.999 / (1 + 2 * 0.999))
+"""The first sigma: 0.999, the noisiest of a thousand training steps, after a shift of 3."""
 
 _SHIFT = math.exp(1.15)
-"""I1's second shift, that of FLUX.1's schedule for the 4096 tokens of one megapixel."""
+"""I1's second shift: that of FLUX.1's schedule at 4096 tokens, one megapixel."""
 
 _EDIT_SHIFT = 3.0
-"""E1's second shift, the first once more."""
+"""E1's second shift, equal to the first."""
 
 
 class TwiceShifted(UniPCMultistepScheduler):
-    """Flow UniPC over sigmas that fall evenly from the first shift's start, shifted once more."""
+    """Flow UniPC over evenly spaced sigmas that start at the shifted first sigma and are shifted again."""
 
     def set_timesteps(
         self,
@@ -34,20 +34,20 @@ class TwiceShifted(UniPCMultistepScheduler):
         sigmas: list[float] | None = None,
         mu: bool | None = None,
     ) -> None:
-        """Take `num_inference_steps` even steps; the pipeline gives no sigmas of its own."""
+        """Set `num_inference_steps` even steps. The pipeline passes no `sigmas`."""
         if num_inference_steps is None:
-            raise ValueError("the number of steps is needed")
-        even = np.linspace(_FIRST, 0, num_inference_steps + 1)[:-1]
+            raise ValueError("num_inference_steps is missing")
+        even = np.linspace(_FIRST_SIGMA, 0, num_inference_steps + 1)[:-1]
         super().set_timesteps(device=device, sigmas=even)  # type: ignore[arg-type]
 
 
 def complete(pipeline: Any) -> None:  # noqa: ANN401 - any diffusers pipeline
-    """Replace the repository's scheduler, and pad Llama's prompts as the pipeline's constructor would."""
+    """Replace the repository's scheduler; set Llama's padding token as the pipeline's constructor would."""
     _complete(pipeline, _SHIFT)
 
 
 def complete_edit(pipeline: Any) -> None:  # noqa: ANN401 - any diffusers pipeline
-    """Do the same for HiDream-E1."""
+    """As `complete`, for HiDream-E1."""
     _complete(pipeline, _EDIT_SHIFT)
 
 
@@ -65,11 +65,11 @@ def _complete(pipeline: Any, shift: float) -> None:  # noqa: ANN401
 
 @contextmanager
 def rounded_frequencies(pipeline: Any, _arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
-    """Round Llama's rotary frequencies to its dtype, as the trainer does; nothing to round in float32."""
+    """Round Llama's rotary frequencies to its dtype, as the trainer does. No change in float32."""
     rotary, dtype = pipeline.text_encoder_4.model.rotary_emb, pipeline.text_encoder_4.dtype
-    own = rotary.inv_freq
-    rotary.inv_freq = own.to(dtype).float()
+    original = rotary.inv_freq
+    rotary.inv_freq = original.to(dtype).float()
     try:
         yield
     finally:
-        rotary.inv_freq = own
+        rotary.inv_freq = original

@@ -1,13 +1,13 @@
-"""HiDream-E1: HiDream-I1's models editing an image by instruction. diffusers has no pipeline for it.
+"""HiDream-E1: HiDream-I1's models edit an image by instruction. diffusers has no pipeline for it.
 
-The transformer draws a canvas of twice the picture's width, of which the control image fills the right half:
-it sees the noisy latents [B, 16, h, w] and those of the control image side by side as [B, 16, h, 2w], and of
-what it predicts the left half counts. A step has three lanes, told apart by text and control image:
+The transformer draws a canvas of twice the picture's width, with the control image in the right half. Its
+input is the noisy latents [B, 16, h, w] and the control image's latents side by side, [B, 16, h, 2w]. Only
+the left half of its prediction is used. A step has three lanes [text, control image]:
 
     nothing [positive, zeros]    image [negative, image]    edit [positive, image]
 
-Guidance goes from the second lane to the third, is cut back to the third's length, and image guidance goes
-from the first lane to that. The first lane's text is the positive one: so the model was published.
+Guidance extrapolates from `image` to `edit` and is clipped to the norm of `edit`. Image guidance extrapolates
+from `nothing` to that result. `nothing` uses the positive prompt, as in the published code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 class HiDreamEditPipeline(HiDreamImagePipeline):
-    """HiDream-I1's components with the loop of HiDream-E1. No area rescaling: sizes are as asked for."""
+    """HiDream-I1's components with HiDream-E1's loop. Sizes are as requested, without area rescaling."""
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
@@ -41,10 +41,10 @@ class HiDreamEditPipeline(HiDreamImagePipeline):
         output_type: str = "pil",
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], object] | None = None,
     ) -> HiDreamImagePipelineOutput:
-        """Render one picture of the control image's size, floored to 16 pixels.
+        """Render one picture of `width` x `height`, floored to multiples of 16 pixels.
 
-        The control image (RGB) is stretched to `width` x `height`. With `guidance_scale` at most 1 there is
-        the edit's lane alone, and image guidance does nothing.
+        The control image (RGB) is stretched to that size. If `guidance_scale` is at most 1, only the edit
+        lane runs and image guidance has no effect.
         """
         self._guidance_scale = guidance_scale
         device = self._execution_device
@@ -90,10 +90,10 @@ class HiDreamEditPipeline(HiDreamImagePipeline):
     def _encode_lanes(
         self, prompt: str, negative_prompt: str, max_sequence_length: int, device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what the lanes know of their texts.
+        """Return the text embeddings of all lanes.
 
-        That is T5's states [lanes, tokens, 4096], those of Llama's layers [layers, lanes, tokens, 4096], and
-        the pooled ones of both CLIPs [lanes, 2048].
+        These are T5's states [lanes, tokens, 4096], the states of Llama's layers [layers, lanes, tokens,
+        4096] and the pooled states of both CLIPs [lanes, 2048].
         """
         embeddings: Any = self.encode_prompt(
             prompt=prompt,
@@ -115,24 +115,25 @@ class HiDreamEditPipeline(HiDreamImagePipeline):
         )
 
     def _encode_image(self, image: Image.Image, device: torch.device) -> Tensor:
-        """Return the mode of an image's latents [1, 16, h, w]; sides are floored to 16 pixels."""
+        """Return the mode of an image's latents [1, 16, h, w]. Its sides are floored to 16 pixels."""
         pixels = self.image_processor.preprocess(image).to(device, self.vae.dtype)
         latents = self.vae.encode(pixels).latent_dist.mode()
         return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
     def _make_room_for(self, high: int, wide: int) -> None:
-        """Let the transformer take latents of this size.
+        """Raise the transformer's `max_seq` if needed for latents of this size.
 
-        It pads what is not square to `max_seq` tokens, which changes the picture: the checkpoint's own number
-        stays wherever it is enough. For 1024 x 1024, 8192 are needed, and HiDream-E1-Full states 4608.
+        The transformer pads non-square latents to `max_seq` tokens, which changes the picture. So the
+        checkpoint's value is kept if it is large enough. A picture of 1024 x 1024 needs 8192 tokens, but
+        HiDream-E1-Full configures 4608.
         """
         config = self.transformer.config
-        own = config.max_resolution[0] * config.max_resolution[1] // config.patch_size**2
-        self.transformer.max_seq = max(own, high * wide // config.patch_size**2)
+        configured = config.max_resolution[0] * config.max_resolution[1] // config.patch_size**2
+        self.transformer.max_seq = max(configured, high * wide // config.patch_size**2)
 
 
 def _guide(lanes: Tensor, guidance: float, image_guidance: float) -> Tensor:
-    """Combine the lanes nothing, image and edit [3, C, h, w] into one prediction [1, C, h, w]."""
+    """Combine the lanes `nothing`, `image` and `edit` [3, C, h, w] into one prediction [1, C, h, w]."""
     nothing, image, edit = lanes.chunk(3)
     guided = image + guidance * (edit - image)
     lengths = [one.norm(dim=1, keepdim=True) for one in (edit, guided)]

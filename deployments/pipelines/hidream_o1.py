@@ -1,21 +1,21 @@
 """HiDream-O1-Image: a language model that draws pixels. No VAE, no other text encoder, no cross-attention.
 
-Qwen3-VL's language model reads one sequence: the prompt, and behind it the noisy picture in patches of 32 x
-32 pixels. A linear layer turns what it says at the patches into the clean picture. With T tokens of text (the
-last one stands for the time), N = H/32 * W/32 patches and D the width of the language model (4096):
+Qwen3-VL's language model reads one sequence: the prompt, then the noisy picture in patches of 32 x 32 pixels.
+A linear layer turns its output at the patches into the clean picture. T is the number of text tokens (the
+last one is the time token), N = H/32 * W/32 the number of patches, and D the language model's width (4096):
 
     text      token ids [T]           embed_tokens -> [1, T, D]; the last row becomes t_embedder1(time)
     picture   [1, 3, H, W] in -1..1   patches [1, N, 3072] -> x_embedder -> [1, N, D]
     both      [1, T+N, D]             language_model -> the last N -> final_layer2 -> [1, N, 3072]
 
-    attention    text before the time token: to itself and what precedes it
+    attention    text before the time token: causal
                  time token and patches: to everything
     position     text token i: (i, i, i) as (t, y, x)
-                 patch in row r and column c: (4096, 4096+r, 4096+c), whatever T is
+                 patch in row r and column c: (4096, 4096+r, 4096+c), for any T
 
-Nothing else tells the layers the time: there are no adaptive norms. The vision tower and `lm_head` of the
-checkpoint serve other uses and are not loaded. Rotary frequencies have to stay float32: rounded to bfloat16,
-they would turn positions above 4096 by several radians.
+The time token is the only time conditioning; there are no adaptive norms. The checkpoint's vision tower and
+`lm_head` serve other purposes and are not loaded. Rotary frequencies must stay float32: rounding them to
+bfloat16 would shift the angles of positions above 4096 by several radians.
 """
 
 from __future__ import annotations
@@ -35,34 +35,34 @@ PATCH = 32
 """Side of a patch in pixels."""
 
 NOISE_SCALE = 8.0
-"""Standard deviation of the noise that a picture starts from, in training as well."""
+"""Standard deviation of the initial noise, as in training."""
 
 _PIXELS = 3 * PATCH * PATCH
 _FIRST_POSITION = 4096
 _FREQUENCIES = 128
-_LEAST_SIGMA = 1e-3
-"""Where the trainer stops dividing by ever smaller sigmas."""
+_MIN_SIGMA = 1e-3
+"""Smallest sigma that the trainer divides by."""
 
 _TEXT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<|boi_token|><|tms_token|>"
-"""The prompt as a user's message, and the tokens that begin an image and stand for the time."""
+"""The prompt as a user's message, then the begin-of-image token and the time token."""
 
 
 class TimeEmbedding(nn.Module):
-    """A time in 0..1 as one vector [D]: sines of 128 frequencies, then two layers."""
+    """Embeds a time in 0..1 as one vector [D]: cosines and sines of 128 frequencies, then two layers."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(2 * _FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, time: Tensor, dtype: torch.dtype) -> Tensor:
-        """Embed a time, float32 of shape [], for layers of a dtype."""
+        """Embed a time, float32 of shape [], for layers of `dtype`."""
         octaves = torch.arange(_FREQUENCIES, dtype=torch.float32, device=time.device) / _FREQUENCIES
         angles = time * 1000 * torch.exp(-math.log(10_000) * octaves)
         return self.mlp(torch.cat([angles.cos(), angles.sin()]).to(dtype))
 
 
 class PatchEmbedding(nn.Module):
-    """Patches [.., 3072] as tokens [.., D], through a quarter of the width."""
+    """Turns patches [.., 3072] into tokens [.., D] through a bottleneck of D/4."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class PatchEmbedding(nn.Module):
 
 
 class PatchHead(nn.Module):
-    """Tokens [.., D] as patches [.., 3072]."""
+    """Turns tokens [.., D] into patches [.., 3072]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class PatchHead(nn.Module):
 
 
 class PixelModel(nn.Module):
-    """What the checkpoint has below `model.`, as far as pictures need it."""
+    """The modules below the checkpoint's `model.` that pictures need."""
 
     def __init__(self, config: Qwen3VLConfig) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class PixelModel(nn.Module):
 
 
 class PixelTransformer(Qwen3VLPreTrainedModel):
-    """The denoiser, under the names of the checkpoint; see the module's docstring for its architecture."""
+    """The denoiser, with the checkpoint's names. The module's docstring describes its architecture."""
 
     _keys_to_ignore_on_load_unexpected = [r"^model\.visual\.", r"^lm_head\."]  # noqa: RUF012 - transformers' own
 
@@ -111,29 +111,29 @@ class PixelTransformer(Qwen3VLPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> PixelTransformer:  # noqa: ANN401
-        """Load as transformers does.
+        """Load as transformers does, but require every tensor.
 
-        Raises ValueError for a checkpoint that lacks tensors, as a plain Qwen3-VL does; they would be random.
+        Raises `ValueError` if the checkpoint lacks tensors, as a plain Qwen3-VL does: they would be random.
         """
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **options)
         model, report = loaded
         if missing := sorted(report["missing_keys"]):
             raise ValueError(
-                f"the checkpoint is no HiDream-O1: it lacks {missing[0]} and {len(missing) - 1} more"
+                f"the checkpoint is not HiDream-O1: it lacks {missing[0]} and {len(missing) - 1} more"
             )
         return model
 
     def forward(self, input_ids: Tensor, patches: Tensor, time: Tensor, rows: int) -> Tensor:
         """Predict the clean picture's patches [1, N, 3072] from noisy ones.
 
-        `input_ids` [1, T] end in the time token; `patches` [1, N, 3072] lie in `rows` rows; `time` is a
-        float32 of shape [], 1 for a clean picture and 0 for noise.
+        `input_ids` [1, T] end in the time token. `patches` [1, N, 3072] form `rows` rows. `time` is a
+        float32 of shape [], from 0 (noise) to 1 (clean picture).
         """
         text = input_ids.shape[1]
         embeds = self.model.language_model.embed_tokens(input_ids)
-        moment = self.model.t_embedder1(time, embeds.dtype)
+        at_time = self.model.t_embedder1(time, embeds.dtype)
         sequence = torch.cat(
-            [embeds[:, :-1], moment.expand(1, 1, -1), self.model.x_embedder(patches.to(embeds.dtype))], dim=1
+            [embeds[:, :-1], at_time.expand(1, 1, -1), self.model.x_embedder(patches.to(embeds.dtype))], dim=1
         )
         states = self.model.language_model(
             inputs_embeds=sequence,
@@ -153,10 +153,10 @@ def _positions(text: int, rows: int, columns: int) -> Tensor:
 
 
 def _mask(text: int, sequence: Tensor) -> Tensor:
-    """Return what is added to the scores of attention [1, 1, T+N, T+N]: 0, or the least number for none."""
+    """Return the additive attention mask [1, 1, T+N, T+N]: 0, or the dtype's minimum where masked."""
     length = sequence.shape[1]
-    least = torch.finfo(sequence.dtype).min
-    mask = torch.full((length, length), least, dtype=sequence.dtype, device=sequence.device).triu(1)
+    minimum = torch.finfo(sequence.dtype).min
+    mask = torch.full((length, length), minimum, dtype=sequence.dtype, device=sequence.device).triu(1)
     mask[text - 1 :] = 0
     return mask[None, None]
 
@@ -164,14 +164,14 @@ def _mask(text: int, sequence: Tensor) -> Tensor:
 def to_patches(pixels: Tensor) -> Tensor:
     """Cut [1, 3, H, W] into patches [1, N, 3072], row by row, each in the order (channel, y, x)."""
     _, _, height, width = pixels.shape
-    cut = pixels.reshape(1, 3, height // PATCH, PATCH, width // PATCH, PATCH)
-    return cut.permute(0, 2, 4, 1, 3, 5).reshape(1, -1, _PIXELS)
+    cells = pixels.reshape(1, 3, height // PATCH, PATCH, width // PATCH, PATCH)
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(1, -1, _PIXELS)
 
 
 def to_pixels(patches: Tensor, rows: int) -> Tensor:
-    """Put patches [1, N, 3072] in `rows` rows together to [1, 3, H, W]."""
-    cut = patches.reshape(1, rows, -1, 3, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
-    return cut.reshape(1, 3, rows * PATCH, -1)
+    """Join patches [1, N, 3072] in `rows` rows to an image [1, 3, H, W]."""
+    cells = patches.reshape(1, rows, -1, 3, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
+    return cells.reshape(1, 3, rows * PATCH, -1)
 
 
 class HiDreamO1Pipeline(DiffusionPipeline):
@@ -202,21 +202,21 @@ class HiDreamO1Pipeline(DiffusionPipeline):
         output_type: str = "np",
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], object] | None = None,
     ) -> ImagePipelineOutput:
-        """Render one picture as an array [1, H, W, 3] in 0..1; sides are multiples of 32, two at least.
+        """Render one picture as an array [1, H, W, 3] in 0..1. Sides are multiples of 32, at least 64.
 
-        The negative prompt counts above a guidance of 1; an empty one is still a message.
+        The negative prompt is used with guidance above 1. An empty one is encoded like any other.
         """
         device, dtype = self._execution_device, self.transformer.dtype
         texts = [prompt, negative_prompt] if guidance_scale > 1 else [prompt]
         tokens = [self._tokenize(text).to(device) for text in texts]
         noise = torch.randn((1, 3, height, width), generator=generator, dtype=torch.float32)
-        # The trainer rounds the picture to the model's dtype at each step; only the step itself is float32.
+        # As in the trainer, the picture is rounded to the model's dtype after each step; the step is float32.
         state = to_patches(NOISE_SCALE * noise).to(device, dtype)
         rows = height // PATCH
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self.num_timesteps = len(self.scheduler.timesteps)
         for step, time in enumerate(self.scheduler.timesteps):
-            noisy, sigma = state.float(), (time / 1000).clamp(min=_LEAST_SIGMA)
+            noisy, sigma = state.float(), (time / 1000).clamp(min=_MIN_SIGMA)
             velocities = [
                 (self.transformer(ids, state, 1 - time / 1000, rows).float() - noisy) / sigma
                 for ids in tokens
@@ -224,7 +224,7 @@ class HiDreamO1Pipeline(DiffusionPipeline):
             velocity = velocities[0]
             if guidance_scale > 1:
                 velocity = velocities[1] + guidance_scale * (velocities[0] - velocities[1])
-            # The scheduler's velocity points to the noise.
+            # The scheduler expects a velocity towards the noise.
             state = self.scheduler.step(-velocity, time, noisy, return_dict=False)[0].to(dtype)
             if callback_on_step_end:
                 callback_on_step_end(self, step, time, {})

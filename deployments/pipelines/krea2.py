@@ -14,11 +14,11 @@ from deployments.engine.tiling import tiled_decode
 from deployments.spec.job import PromptSpec
 
 _TEXT_TOKENS = 512 + 5
-"""512 of the prompt; diffusers counts the five that follow it too."""
+"""512 tokens of the prompt plus the five that follow it, which diffusers counts too."""
 
 
 def keep_state_in_float32(pipeline: Any) -> None:  # noqa: ANN401 - any diffusers pipeline
-    """Let the transformer alone see its own dtype; noise and latents would be rounded to it at each step."""
+    """Cast to the model's dtype only inside the transformer; else each step would round noise and latents."""
     pipeline.transformer.register_forward_pre_hook(_narrow, with_kwargs=True)
     pipeline.transformer.register_forward_hook(_widen)
 
@@ -31,10 +31,10 @@ def text_arguments(pipeline: Any, prompt: PromptSpec, _controls: Sequence[Image.
 
 
 def guided_arguments(prompt: PromptSpec, encode: Callable[[str], tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Arguments for guidance and for the prompts that it needs, as embeddings and masks by `encode`.
+    """Arguments for guidance and for the prompts that it needs, encoded by `encode` to embeddings and masks.
 
-    Diffusers counts guidance from 0 for this model: 1 in a request guides by nothing. The pipeline takes the
-    embeddings' dtype for its latents.
+    For this model diffusers counts guidance from 0, so 1 in a request means no guidance. The pipeline's
+    latents take the embeddings' dtype, hence float32.
     """
     guidance = max(0.0, prompt.guidance - 1)
     texts = {"prompt": prompt.prompt} | ({"negative_prompt": prompt.neg} if guidance else {})

@@ -1,15 +1,15 @@
-"""Krea 2 with reference images, which diffusers does not have: text encoding, sequence, attention.
+"""Krea 2 with reference images, which diffusers lacks: text encoding, sequence and attention.
 
-Each control image is used twice. Qwen3-VL reads the prompt with the pictures in front of it, seen at no more
-than 384 x 384 pixels of area. The transformer reads their latents behind those of the image itself:
+Each control image is used twice. Qwen3-VL reads the control images, at an area of at most 384 x 384 pixels,
+and then the prompt. The transformer reads their latents after those of the image itself:
 
     tokens      text (L)     image (N)    references (R)
     position    (0, 0, 0)    (0, y, x)    (k, y, x)         k = 1, 2, 3; y and x in patches of 16 pixels
     time        t            t            0                 modulates each token in each block
 
-All attend to all, and the last layer takes the image's tokens. With `kv_cache` the references attend to
-references alone. What a block offers for them, keys and values, then depends neither on the step nor on the
-prompt: it is computed once per picture. LoRAs are trained for one of the two ways.
+All tokens attend to all tokens, and the last layer takes the image's tokens. With `kv_cache`, references
+attend only to references. Then their keys and values depend neither on the step nor on the prompt, so each
+block computes them once per picture. A LoRA is trained for one of the two modes.
 """
 
 from __future__ import annotations
@@ -41,22 +41,23 @@ _SEEN_AREA = 384 * 384
 """Largest area at which the text encoder sees a control image, in pixels."""
 
 _LATENT_AREA = 1024 * 1024
-"""Largest area of a reference whose size does not follow the output's, in pixels."""
+"""Largest area, in pixels, of a reference that is not scaled to the output's area."""
 
 _VISION, _MERGED = 16, 2
-"""Qwen3-VL's patches in pixels, and how many of them on a side make one token."""
+"""Side of Qwen3-VL's patches in pixels, and of one token in patches."""
 
 _STEP = 16
-"""Sides of references are multiples of this: the VAE's factor 8, patches of 2."""
+"""Sides of references are multiples of this: the VAE's factor 8 times patches of 2."""
 
 _PAD = "<|image_pad|>"
 
 
 @dataclass(slots=True)
 class References:
-    """The references of one picture: packed latents (1, R, 64), positions (R, 3) and what is kept of them.
+    """The references of one picture: packed latents (1, R, 64), positions (R, 3), and cached keys and values.
 
-    `kept` holds per block keys and values, each (1, R, key heads, head channels); none without `kv_cache`.
+    `kept` maps each block's attention to its keys and values, each (1, R, key heads, head channels). It is
+    None without `kv_cache`.
     """
 
     latents: Tensor
@@ -65,9 +66,9 @@ class References:
 
 
 class KeptAttention(Krea2AttnProcessor):
-    """Attention to the tokens given and to the references.
+    """Attention to the given tokens and to the references.
 
-    The first call of a block has the references' own tokens, whose keys and values are kept for the others.
+    A block's first call must get the references' tokens. Later calls reuse their keys and values.
     """
 
     def __init__(self, kept: dict[Krea2Attention, tuple[Tensor, Tensor]]) -> None:
@@ -80,7 +81,7 @@ class KeptAttention(Krea2AttnProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Return (1, S, channels) for `hidden_states` of that shape; there is no mask."""
+        """Return (1, S, channels) for `hidden_states` of that shape. `attention_mask` is ignored."""
         heads, key_heads = (attn.num_heads, attn.head_dim), (attn.num_kv_heads, attn.head_dim)
         query = _rotate(attn.norm_q(attn.to_q(hidden_states).unflatten(-1, heads)), image_rotary_emb)
         key = _rotate(attn.norm_k(attn.to_k(hidden_states).unflatten(-1, key_heads)), image_rotary_emb)
@@ -95,12 +96,12 @@ class KeptAttention(Krea2AttnProcessor):
         return attn.to_out[0](attended * torch.sigmoid(attn.to_gate(hidden_states)))
 
 
-def _rotate(heads: Tensor, rotary: Any) -> Any:  # noqa: ANN401 - wider types there
+def _rotate(heads: Tensor, rotary: Any) -> Any:  # noqa: ANN401 - diffusers declares wider types
     return apply_rotary_emb(heads, rotary, sequence_dim=1)
 
 
 class Krea2EditTransformer(Krea2Transformer2DModel):
-    """Krea 2's transformer over text, image and references. Weights and names are those of its base."""
+    """Krea 2's transformer over text, image and references, with the weights and names of its base class."""
 
     def forward(
         self,
@@ -114,14 +115,14 @@ class Krea2EditTransformer(Krea2Transformer2DModel):
     ) -> tuple[Tensor]:
         """Return the velocity (1, N, 64) of the image's packed latents (1, N, 64), as a tuple of one.
 
-        `encoder_hidden_states` is (1, L, 12, text channels) without padding, `timestep` (1,) in 0..1,
-        `attention_kwargs` holds `references`. Of `position_ids` the last N rows count: the pipeline makes
-        the text's for the prompt, and the negative prompt has another length.
+        `encoder_hidden_states` is (1, L, 12, text channels) without padding, `timestep` is (1,) in 0..1, and
+        `attention_kwargs` holds `references`. Only the last N rows of `position_ids` are used: the pipeline
+        makes the text rows for the prompt, and the negative prompt has another length.
         """
         references: References = (attention_kwargs or {})["references"]
         tokens, dtype = hidden_states.shape[1], hidden_states.dtype
         time = self.time_embed(timestep, dtype=dtype)
-        now, clean = self._modulation(time), self._modulation(self.time_embed(0 * timestep, dtype=dtype))
+        noisy, clean = self._modulation(time), self._modulation(self.time_embed(0 * timestep, dtype=dtype))
 
         text = self.txt_in(self.text_fusion(encoder_hidden_states))
         sequence = torch.cat([text, self.img_in(hidden_states)], dim=1)
@@ -130,18 +131,18 @@ class Krea2EditTransformer(Krea2Transformer2DModel):
         if references.kept is None:
             sequence = torch.cat([sequence, self.img_in(latents)], dim=1)
             positions = torch.cat([positions, references.positions])
-            parts = [now.expand(-1, text.shape[1] + tokens, -1), clean.expand(-1, latents.shape[1], -1)]
+            parts = [noisy.expand(-1, text.shape[1] + tokens, -1), clean.expand(-1, latents.shape[1], -1)]
             sequence = self._blocks(sequence, torch.cat(parts, dim=1), positions)
         else:
             with self._attending(KeptAttention(references.kept)):
                 if not references.kept:
                     self._blocks(self.img_in(latents), clean, references.positions)
-                sequence = self._blocks(sequence, now, positions)
+                sequence = self._blocks(sequence, noisy, positions)
         image = sequence[:, text.shape[1] : text.shape[1] + tokens]
         return (self.final_layer(image, time),)
 
     def _modulation(self, time: Tensor) -> Tensor:
-        """Return what all blocks are modulated by, (1, 1, 6 channels)."""
+        """Return the modulation of all blocks, (1, 1, 6 * channels)."""
         return self.time_mod_proj(functional.gelu(time, approximate="tanh"))
 
     def _blocks(self, sequence: Tensor, modulation: Tensor, positions: Tensor) -> Tensor:
@@ -152,8 +153,8 @@ class Krea2EditTransformer(Krea2Transformer2DModel):
 
     @contextmanager
     def _attending(self, processor: KeptAttention) -> Iterator[None]:
-        """Let the blocks use `processor`; afterwards nothing holds what it keeps but the picture's own."""
-        # Any: the mixin knows other models' processors only.
+        """Let the blocks use `processor`, and remove it afterwards so that they hold none of its tensors."""
+        # Any: the declared type has only other models' processors.
         attentions: list[Any] = [block.attn for block in self.transformer_blocks]
         try:
             for attention in attentions:
@@ -165,7 +166,7 @@ class Krea2EditTransformer(Krea2Transformer2DModel):
 
 
 def edit_arguments(pipeline: Any, prompt: PromptSpec, controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401
-    """Arguments for one picture. Its generator draws for the references, in order, then the noise."""
+    """Arguments for one picture. One generator draws the references' latents, in order, then the noise."""
     generator = torch.Generator("cpu").manual_seed(prompt.seed)
     return {"generator": generator, **_arguments(pipeline, prompt, controls, controls, generator)}
 
@@ -175,7 +176,7 @@ def edit_preview_arguments(
     prompt: PromptSpec,
     controls: Sequence[Image.Image],
 ) -> dict[str, Any]:
-    """As `edit_arguments` for a preview: the references have a generator of their own."""
+    """As `edit_arguments`, for a preview: the references have a separate generator."""
     drawn = [*controls[:1], *controls[2 if prompt.second_is_shown_only else 1 :]]
     generator = torch.Generator(pipeline._execution_device).manual_seed(prompt.seed)
     return _arguments(pipeline, prompt, controls, drawn, generator)
@@ -188,7 +189,7 @@ def _arguments(
     drawn: Sequence[Image.Image],
     generator: torch.Generator,
 ) -> dict[str, Any]:
-    """Return embeddings that have seen the images shown, and the images drawn as references."""
+    """Arguments with embeddings of the text and the images `shown`, and the images `drawn` as references."""
     area = prompt.width * prompt.height if prompt.options["match_target_res"] else None
     latents = [_encode(pipeline, _resize(_pixels(image), area), generator) for image in drawn]
     references = References(
@@ -209,19 +210,19 @@ def _pixels(control: Image.Image) -> Tensor:
 
 
 def _resize(pixels: Tensor, area: int | None) -> Tensor:
-    """Give an image `area` pixels, or no more than a megapixel, in its own aspect, to multiples of 16."""
+    """Resize to `area`, or to at most a megapixel for None, in its own aspect, to multiples of 16."""
     height, width = sides = pixels.shape[2:]
-    # A root of an area need not give back the sides exactly, and halves of a step would go elsewhere.
+    # Only if needed: sides from a square root are inexact, so exact halves of a step could round differently.
     if area or height * width > _LATENT_AREA:
         aspect = height / width
-        tall = math.sqrt((area or _LATENT_AREA) * aspect)
-        sides = tall, tall / aspect
+        new_height = math.sqrt((area or _LATENT_AREA) * aspect)
+        sides = new_height, new_height / aspect
     sides = [max(_STEP, round(side / _STEP) * _STEP) for side in sides]
     return functional.interpolate(pixels, size=sides, mode="bilinear")
 
 
 def _encode(pipeline: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:  # noqa: ANN401
-    """Return latents (1, 16, H/8, W/8) of an image, drawn from what the VAE thinks possible."""
+    """Return latents (1, 16, H/8, W/8) of an image, sampled from the VAE's posterior."""
     vae = pipeline.vae
     frames = (pixels * 2 - 1)[:, :, None].to(pipeline._execution_device, vae.dtype)
     latents = vae.encode(frames).latent_dist.sample(generator)[:, :, 0]
@@ -246,7 +247,7 @@ def _positions(latents: Tensor, number: int) -> Tensor:
 def _patches(pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Return an image as Qwen3-VL takes it: patches (rows * columns, 3*2*16*16) and [1, rows, columns].
 
-    Patches that become one token follow each other, and each is there twice, as two frames.
+    Patches that form one token are adjacent. Each patch is repeated as two frames.
     """
     height, width = pixels.shape[2:]
     scale = min(1.0, math.sqrt(_SEEN_AREA / (height * width)))
@@ -271,9 +272,9 @@ def _read(pipeline: Any, text: str, seen: Sequence[tuple[Tensor, Tensor]]) -> tu
         f"Picture {number}: <|vision_start|>{_PAD * (int(grid.prod()) // _MERGED**2)}<|vision_end|>"
         for number, (_, grid) in enumerate(seen, start=1)
     )
-    # A placeholder in somebody's text would ask for an image that is not there.
-    body = pipeline.prompt_template_encode_prefix + pictures + without(text, _PAD)
-    ids = [*tokenizer(body).input_ids, *tokenizer(pipeline.prompt_template_encode_suffix).input_ids]
+    # A placeholder in a user's text would refer to an image that does not exist.
+    prefix = pipeline.prompt_template_encode_prefix + pictures + without(text, _PAD)
+    ids = [*tokenizer(prefix).input_ids, *tokenizer(pipeline.prompt_template_encode_suffix).input_ids]
     tokens = torch.tensor([ids], device=device)
     output = pipeline.text_encoder(
         input_ids=tokens,

@@ -1,4 +1,4 @@
-"""LTX-2: its schedule, its first frame and its timing, and how the trainer's previews differ."""
+"""LTX-2: its schedule, first frame and timing, and how the trainer's previews differ."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch import Tensor
 from deployments.pipelines import wan
 from deployments.spec.job import PromptSpec
 
-_MASKED = -9000.0
-"""At or above, a token counts as one of the prompt: what the connectors compare their mask with."""
+_MASK_THRESHOLD = -9000.0
+"""Mask values at or above this mark tokens of the prompt; the connectors use the same threshold."""
 
 
 def keep_the_shift(pipeline: Any) -> None:  # noqa: ANN401 - any diffusers pipeline
-    """Shift the schedule alike at every size, as LTX-2 was first released; diffusers has changed that."""
+    """Shift the schedule alike at every size, as in LTX-2's first release. diffusers changed that later."""
     config = pipeline.scheduler.config
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, base_shift=config.max_shift)
 
 
 def arguments(pipeline: Any, prompt: PromptSpec, controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401
-    """Arguments for image and timing: the rate moves positions; sound is as long as the frames asked for."""
+    """Arguments for image and timing: the rate scales positions, `num_frames` sets the sound's length."""
     timing = {"num_frames": prompt.num_frames, "frame_rate": float(prompt.fps or 0)}
     return preview_arguments(pipeline, prompt, controls) | timing
 
@@ -35,7 +35,7 @@ def preview_arguments(
     prompt: PromptSpec,
     controls: Sequence[Image.Image],
 ) -> dict[str, Any]:
-    """Arguments for the control image, if there is one: stretched, and not compressed once more."""
+    """Arguments for the control image, if there is one: stretched, and not compressed again."""
     return wan.image_arguments(pipeline, prompt, controls) | ({"image_crf": 0} if controls else {})
 
 
@@ -43,7 +43,7 @@ def preview_arguments(
 def reversed_text(pipeline: Any, _arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
     """Let the connectors see the prompt's tokens, and the registers after them, in reverse order.
 
-    So did the diffusers that the trainer has (its issue 13930), in training too.
+    The trainer's version of diffusers does so (diffusers issue 13930), also during training.
     """
     with ExitStack() as hooks:
         for connector in (pipeline.connectors.video_connector, pipeline.connectors.audio_connector):
@@ -57,7 +57,7 @@ def reversed_text(pipeline: Any, _arguments: dict[str, Any]) -> Iterator[None]: 
 class _Reversal:
     """Hooks of one connector.
 
-    Only in the blocks are the registers sure to be on the device, whatever offloading there is.
+    The registers are flipped in a block: with offloading, only there are they sure to be on the device.
     """
 
     def __init__(self, connector: Any) -> None:  # noqa: ANN401 - no public class
@@ -65,12 +65,12 @@ class _Reversal:
 
     def flip_tokens(self, _connector: torch.nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         hidden, mask = inputs
-        self._tokens = (mask >= _MASKED).flatten(1).sum(dim=1, keepdim=True)
+        self._tokens = (mask >= _MASK_THRESHOLD).flatten(1).sum(dim=1, keepdim=True)
         return hidden.flip(1), mask.flip(-1)
 
     def flip_registers(self, _block: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden, *others = inputs
         registers, length = self._connector.learnable_registers, hidden.shape[1]
-        behind = registers.flip(0).repeat(length // len(registers), 1).to(hidden.dtype)
+        padding = registers.flip(0).repeat(length // len(registers), 1).to(hidden.dtype)
         is_token = torch.arange(length, device=hidden.device) < self._tokens
-        return torch.where(is_token[:, :, None], hidden, behind), *others
+        return torch.where(is_token[:, :, None], hidden, padding), *others

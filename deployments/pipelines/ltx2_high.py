@@ -1,4 +1,4 @@
-"""LTX-2.3 in high resolution: a video, its latents upsampled twofold, and three more steps on them."""
+"""LTX-2.3 in high resolution: renders a video, upsamples its latents twofold and refines them in 3 steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deployments.engine.progress import Progress
 from deployments.engine.tiling import tiled_decode
 
 _SIGMAS = (0.909375, 0.725, 0.421875)
-"""Of the steps that refine, as the reference server has them; the noise begins at the first."""
+"""Sigmas of the refining steps, as in the reference server. The first one is also the noise scale."""
 
 
 def render_high(
@@ -27,8 +27,8 @@ def render_high(
 ) -> LTX2PipelineOutput:
     """Render with `pipeline`, then refine at twice the size with `text_pipeline`, without a control image.
 
-    The sound is the first stage's. `refined` makes the LoRA for refining active while it lasts. Both stages
-    draw from the one generator in `arguments`.
+    The sound comes from the first stage. `refined` is a context that activates the refining LoRA. Both stages
+    draw from the generator in `arguments`.
     """
     options = {"callback_on_step_end": progress.after_step, "output_type": "latent", "return_dict": False}
     latents, audio_latents = pipeline(**arguments, **options)
@@ -54,13 +54,13 @@ def render_high(
 
 @contextmanager
 def _refining(pipeline: Any) -> Iterator[None]:  # noqa: ANN401 - any diffusers pipeline
-    """Take the steps as they are, without a shift, and decode in tiles."""
-    own = pipeline.scheduler
+    """Use the sigmas without a shift, and decode in tiles."""
+    original = pipeline.scheduler
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
-        own.config, use_dynamic_shifting=False, shift_terminal=None
+        original.config, use_dynamic_shifting=False, shift_terminal=None
     )
     try:
         with tiled_decode(pipeline.vae):
             yield
     finally:
-        pipeline.scheduler = own
+        pipeline.scheduler = original

@@ -13,7 +13,7 @@ _TEXT_TOKENS = 256
 
 
 def preview_arguments(pipeline: Any, prompt: PromptSpec, _controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401
-    """Arguments for both prompts, the negative one behind the system prompt as well."""
+    """Arguments for both prompts, each with the system prompt in front, the negative one too."""
     arguments: dict[str, Any] = {}
     for name, text in (("prompt", prompt.prompt), ("negative_prompt", prompt.neg)):
         embeds, mask, *_ = pipeline.encode_prompt(

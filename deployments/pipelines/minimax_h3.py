@@ -1,7 +1,7 @@
-"""MiniMax-H3: video and sound from one packed sequence, by the parts that diffusers has for it.
+"""MiniMax-H3: video and sound from one packed sequence, built from diffusers' parts for it.
 
-diffusers' own pipeline for it takes other lengths, draws the noise of the sound in other places, and needs
-torchvision. Rows of the sequence: text, first frame, sound (left, then right), video.
+diffusers' own pipeline takes other lengths, draws the sound's noise at other points, and needs torchvision.
+Rows of the sequence: text, first frame, sound (left, then right), video.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from deployments.spec.job import PromptSpec
 
 _TEXT_LAYER = 50
-"""Whose hidden states the transformer reads."""
+"""Layer of the text encoder whose hidden states the transformer reads."""
 
 _FIRST_FRAME_TIME = 0.999
-"""Just short of clean: so the transformer was trained."""
+"""Time of the first frame: almost clean, as in training."""
 
 _PIXEL_MEAN, _PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's, which the video VAE works with."""
+"""ImageNet's statistics, which the video VAE uses."""
 
 _PREVIEW_TOKENS = 512
-"""Of a prompt, in the trainer."""
+"""Longest prompt in the trainer, in tokens."""
 
-_LEAST_LATENTS = 7
-"""Of time that the VAE decodes."""
+_MIN_LATENT_FRAMES = 7
+"""Fewest latent frames that the VAE can decode."""
 
 
 def arguments(_pipeline: Any, prompt: PromptSpec, controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401
@@ -65,17 +65,17 @@ def preview_arguments(
     prompt: PromptSpec,
     controls: Sequence[Image.Image],
 ) -> dict[str, Any]:
-    """As `arguments`, but the text encoder sees the image as it is, and the start of a long prompt only."""
+    """As `arguments`, but the text encoder sees the unstretched image and only the start of a long prompt."""
     seen = {"seen": controls[0]} if controls else {}
     return {**arguments(pipeline, prompt, controls), **seen, "most_tokens": _PREVIEW_TOKENS}
 
 
 class TextEncoder(Qwen3VLForConditionalGeneration):
-    """Qwen3-VL without the layers above the one that is read: they take 12 GiB."""
+    """Qwen3-VL without the layers above the one that is read, which saves 12 GiB."""
 
     @classmethod
     def from_pretrained(cls, directory: Path, **options: Any) -> Self:  # type: ignore[override]  # noqa: ANN401
-        """Load what is needed from a whole checkpoint, and a layer more: the last one's states are normed."""
+        """Load the needed layers of a whole checkpoint, plus one: the last layer's states are normalised."""
         config: Any = Qwen3VLConfig.from_pretrained(directory)
         config.text_config.num_hidden_layers = min(_TEXT_LAYER + 1, config.text_config.num_hidden_layers)
         return super().from_pretrained(directory, config=config, **options)
@@ -83,7 +83,7 @@ class TextEncoder(Qwen3VLForConditionalGeneration):
 
 @dataclass(frozen=True, slots=True)
 class VideoWithSound:
-    """Frames float32 [1, F, H, W, 3] in 0..1, and a waveform float32 [1, 2, samples] in -1..1 or none."""
+    """Frames float32 [1, F, H, W, 3] in 0..1, and a waveform float32 [1, 2, samples] in -1..1 or None."""
 
     frames: np.ndarray
     audio: Tensor | None
@@ -91,14 +91,14 @@ class VideoWithSound:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """What the transformer is told of the sequence; of the video's rows the first `given` are the image's."""
+    """The transformer's inputs about the sequence; the first `first_frame_rows` video rows stay fixed."""
 
     fields: dict[str, Tensor]
-    given: int
+    first_frame_rows: int
 
 
 class _TokenTypes:
-    """Tells image tokens from text, as Qwen3-VL's processor does, which needs torchvision."""
+    """Marks image tokens as Qwen3-VL's processor does, which needs torchvision."""
 
     def __init__(self, image_token: int) -> None:
         self._image_token = image_token
@@ -108,7 +108,7 @@ class _TokenTypes:
 
 
 class MiniMaxH3Pipeline(DiffusionPipeline):
-    """From text, or from text and a first frame; without guidance, which is distilled into the weights."""
+    """Video from text or from text and a first frame. Guidance is distilled into the weights."""
 
     model_cpu_offload_seq = "text_encoder->transformer->vae->audio_vae"
 
@@ -151,12 +151,12 @@ class MiniMaxH3Pipeline(DiffusionPipeline):
         output_type: str = "np",
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], object] | None = None,
     ) -> VideoWithSound:
-        """Render `num_frames` at 24 a second, sides multiples of 32 pixels.
+        """Render `num_frames` at 24 frames per second. Sides are multiples of 32 pixels.
 
-        There are 5 of them and any number of 17 more, with sound, or a single one without.
-        `image` is the first frame, of the video's size, and `seen` what the text encoder sees of it. A prompt
-        is cut to `most_tokens`. `guidance_scale` has no effect. From `generator`, on the CPU, comes the noise
-        of the first frame, of the video, then of the sound.
+        `num_frames` is 5 plus a multiple of 17, with sound, or 1, without sound. `image` is the first frame,
+        of the video's size, and `seen` is the version for the text encoder. A prompt is cut to `most_tokens`.
+        `guidance_scale` has no effect. `generator`, on the CPU, draws the noise of the first frame, then of
+        the video, then of the sound.
         """
         device = self._execution_device
         text, tags = self._read(prompt.strip(), seen, most_tokens)
@@ -172,13 +172,13 @@ class MiniMaxH3Pipeline(DiffusionPipeline):
         sound_rows = sound[0].permute(0, 2, 1).flatten(0, 1).to(device)
         layout = self._lay_out(tags, shape, length, has_first=bool(first))
         self._denoise(rows, sound_rows, text, layout, num_inference_steps, callback_on_step_end)
-        frames = self._decode(rows[layout.given :], shape, num_frames)
+        frames = self._decode(rows[layout.first_frame_rows :], shape, num_frames)
         return VideoWithSound(frames, self._decode_sound(sound_rows, length) if length else None)
 
     def _read(self, prompt: str, seen: Image.Image | None, most_tokens: int | None) -> tuple[Tensor, Tensor]:
-        """Return the text's states (1, L, channels) and the kind of each of them (L,): text or picture."""
-        name = self.tokenizer.convert_tokens_to_ids
-        pad, image_token = name("<|endoftext|>"), name("<|image_pad|>")
+        """Return the text's states (1, L, channels) and the tag of each (L,): text or picture."""
+        token_id = self.tokenizer.convert_tokens_to_ids
+        pad, image_token = token_id("<|endoftext|>"), token_id("<|image_pad|>")
         tokens: list[int] = []
         tags: list[int] = []
         vision: dict[str, Tensor] = {}
@@ -187,7 +187,7 @@ class MiniMaxH3Pipeline(DiffusionPipeline):
             vision = {key: processed[key] for key in ("pixel_values", "image_grid_thw")}
             count = int(vision["image_grid_thw"].prod()) // self.image_processor.merge_size**2
             label = self._tokenize("<Picture 1>: ")
-            picture = [name("<|vision_start|>"), *[image_token] * count, name("<|vision_end|>")]
+            picture = [token_id("<|vision_start|>"), *[image_token] * count, token_id("<|vision_end|>")]
             tokens = label + picture
             tags = [MINIMAX_H3_TEXT_TAG] * len(label) + [MINIMAX_H3_VIDEO_TAG] * len(picture)
         words = self._tokenize(prompt)[:most_tokens] or [pad]
@@ -206,7 +206,7 @@ class MiniMaxH3Pipeline(DiffusionPipeline):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _encode(self, image: Image.Image, generator: torch.Generator) -> list[Tensor]:
-        """Return the first frame's rows, on the CPU, with the little noise that they keep."""
+        """Return the first frame's rows, on the CPU, with a little noise that stays."""
         pixels = torch.from_numpy(np.array(image)).to(self._execution_device)
         pixels = pixels.permute(2, 0, 1)[None, :, None]
         latents = encode_vae_condition(self.vae, pixels, _PIXEL_MEAN, _PIXEL_STD)
@@ -216,7 +216,7 @@ class MiniMaxH3Pipeline(DiffusionPipeline):
 
     def _lay_out(self, tags: Tensor, shape: tuple[int, int, int], length: int, *, has_first: bool) -> _Layout:
         names = ("position_ids", "token_tags", "video_indices", "audio_indices", "text_indices")
-        *values, given, _ = MiniMaxH3PrepareLayoutStep.build_packed_sequence(
+        *values, first_frame_rows, _ = MiniMaxH3PrepareLayoutStep.build_packed_sequence(
             tags,
             *shape,
             length,
@@ -226,7 +226,7 @@ class MiniMaxH3Pipeline(DiffusionPipeline):
             MINIMAX_H3_VIDEO_TAG,
             ("first",) if has_first else (),
         )
-        return _Layout(dict(zip(names, values, strict=True)), given)
+        return _Layout(dict(zip(names, values, strict=True)), first_frame_rows)
 
     def _denoise(
         self,
@@ -237,11 +237,11 @@ class MiniMaxH3Pipeline(DiffusionPipeline):
         steps: int,
         callback: Callable[[Any, int, Tensor, dict[str, Any]], object] | None,
     ) -> None:
-        """Denoise the rows of video and sound in place, but those of the first frame."""
-        device, given = self._execution_device, layout.given
+        """Denoise the rows of video and sound in place, except those of the first frame."""
+        device, first = self._execution_device, layout.first_frame_rows
         fields = {name: value.to(device) for name, value in layout.fields.items()}
         for scheduler in (self.scheduler, self.audio_scheduler):
-            # It counts the ends of the steps.
+            # The scheduler counts the ends of the steps: one more than there are steps.
             scheduler.set_timesteps(steps + 1, device=device)
         self.num_timesteps = len(self.scheduler.timesteps)
         times = zip(self.scheduler.timesteps, self.audio_scheduler.timesteps, strict=True)
@@ -249,7 +249,7 @@ class MiniMaxH3Pipeline(DiffusionPipeline):
             unique, indices = MiniMaxH3SetTimestepsStep.build_row_timesteps(
                 layout.fields["video_indices"],
                 layout.fields["audio_indices"],
-                given,
+                first,
                 0,
                 text.shape[1],
                 float(time),
@@ -266,35 +266,37 @@ class MiniMaxH3Pipeline(DiffusionPipeline):
                 return_dict=False,
                 **fields,
             )
-            moved = self.scheduler.step(velocity[0, given:].float(), time, rows[given:], return_dict=False)
-            rows[given:] = moved[0]
+            stepped = self.scheduler.step(velocity[0, first:].float(), time, rows[first:], return_dict=False)
+            rows[first:] = stepped[0]
             sound_velocity = sound_velocity[0].float()
-            moved = self.audio_scheduler.step(sound_velocity, sound_time, sound_rows, return_dict=False)
-            sound_rows[:] = moved[0]
+            stepped = self.audio_scheduler.step(sound_velocity, sound_time, sound_rows, return_dict=False)
+            sound_rows[:] = stepped[0]
             if callback is not None:
                 callback(self, step, time, {})
 
     def _decode(self, rows: Tensor, shape: tuple[int, int, int], num_frames: int) -> np.ndarray:
         frames, height, width = shape
-        config, (_, rise, run) = self.vae.config, self.transformer.config.patch_size
-        patches = rows.reshape(1, frames, height // rise, width // run, config.latent_channels, 1, rise, run)
+        config, (_, patch_h, patch_w) = self.vae.config, self.transformer.config.patch_size
+        patches = rows.reshape(
+            1, frames, height // patch_h, width // patch_w, config.latent_channels, 1, patch_h, patch_w
+        )
         latents = patches.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(1, config.latent_channels, *shape)
-        latents = latents * _along(config.latents_std, latents) + _along(config.latents_mean, latents)
+        latents = latents * _spread(config.latents_std, latents) + _spread(config.latents_mean, latents)
         # The VAE cannot decode the one latent of a picture, or the two of the shortest video.
-        missing = max(_LEAST_LATENTS - frames, 0)
+        missing = max(_MIN_LATENT_FRAMES - frames, 0)
         latents = torch.cat([latents, latents[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
         video = self.vae.decode(latents, return_dict=False)[0][:, :, :num_frames].float()
-        video = (video * _along(_PIXEL_STD, video) + _along(_PIXEL_MEAN, video)).clamp(0, 1)
+        video = (video * _spread(_PIXEL_STD, video) + _spread(_PIXEL_MEAN, video)).clamp(0, 1)
         return video.permute(0, 2, 3, 4, 1).cpu().numpy()
 
     def _decode_sound(self, rows: Tensor, length: int) -> Tensor:
         config = self.audio_vae.config
         latents = rows.reshape(MINIMAX_H3_AUDIO_CHANNELS, length, -1).permute(0, 2, 1)
-        latents = latents * _along(config.latents_std, latents) + _along(config.latents_mean, latents)
-        # It knows one channel, so the two are a batch.
+        latents = latents * _spread(config.latents_std, latents) + _spread(config.latents_mean, latents)
+        # The VAE has one channel, so the two channels form a batch.
         return self.audio_vae.decode(latents, return_dict=False)[0].float().permute(1, 0, 2)
 
 
-def _along(values: Sequence[float], tensor: Tensor) -> Tensor:
-    """Return one value per channel, to be broadcast over `tensor` (N, channels, ...)."""
+def _spread(values: Sequence[float], tensor: Tensor) -> Tensor:
+    """Return one value per channel, shaped to broadcast over `tensor` (N, channels, ...)."""
     return torch.tensor(values, device=tensor.device).view(1, -1, *[1] * (tensor.ndim - 2))

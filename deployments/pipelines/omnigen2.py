@@ -1,7 +1,7 @@
 """OmniGen2: text to image, and editing with reference images. diffusers has no pipeline for it.
 
-Time runs from 0, noise, to 1, the image, in steps that are the shorter the nearer they are to the noise:
-diffusers' flow sigmas, counted from the other end, with a shift that grows with the picture's side.
+Time runs from 0 (noise) to 1 (image). Steps are shorter near the noise: they are diffusers' flow sigmas,
+counted from the other end, with a shift that grows with the picture's side.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ _TEMPLATE = (
 
 _BILINEAR, _LANCZOS = Image.Resampling.BILINEAR, Image.Resampling.LANCZOS
 
-_TOKENS = 256
-"""Longest text that is read, templates included."""
+_MAX_TOKENS = 256
+"""Longest text in tokens, including the template."""
 
-_PIXELS = 1024 * 1024
-"""Largest area that is drawn, and that is seen of a reference."""
+_MAX_PIXELS = 1024 * 1024
+"""Largest area in pixels of a drawn picture and of a reference."""
 
-_SIDE = 1024
-"""Longest side that is seen of a reference, in pixels."""
+_MAX_SIDE = 1024
+"""Longest side of a reference in pixels."""
 
 _STEP = 16
-"""Sides of pictures are multiples of this: the VAE's factor 8, patches of 2."""
+"""Sides of pictures are multiples of this: the VAE's factor 8 times patches of 2."""
 
 
 class OmniGen2Pipeline(DiffusionPipeline):
-    """A language model that reads the prompt, a transformer that draws latents, FLUX.1's VAE."""
+    """A language model encodes the prompt, a transformer draws latents, and FLUX.1's VAE decodes them."""
 
     model_cpu_offload_seq = "mllm->transformer->vae"
 
@@ -62,7 +62,7 @@ class OmniGen2Pipeline(DiffusionPipeline):
     def from_pretrained(cls, directory: Path, *, dtype: torch.dtype, **_: object) -> Self:  # type: ignore[override]
         """Load the parts folder by folder: the repository's index names classes that no library has.
 
-        Of the multimodal language model only the part that reads text is kept.
+        Keeps only the text part of the multimodal language model.
         """
         options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
         mllm = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory / "mllm", **options)
@@ -89,16 +89,16 @@ class OmniGen2Pipeline(DiffusionPipeline):
         output_type: str = "np",
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], object] | None = None,
     ) -> ImagePipelineOutput:
-        """Render one picture of `width` x `height` pixels; above a megapixel it is drawn smaller.
+        """Render a picture of `width` x `height` pixels. Above a megapixel, draw smaller, then enlarge.
 
-        `images` are the references (RGB, sides of 16 pixels or more), `image_generator` draws their latents.
-        With `guidance_scale` above 1 the result is guided away from the negative prompt.
+        `images` are the references (RGB, sides of at least 16 pixels), and `image_generator` draws their
+        latents. With `guidance_scale` above 1 the result is guided away from the negative prompt.
         """
         texts = [prompt, negative_prompt] if guidance_scale > 1 else [prompt]
         contexts = [self._read(text) for text in texts]
         references = [self._encode(image, image_generator) for image in images]
 
-        scale = min(math.sqrt(_PIXELS / (width * height)), 1)
+        scale = min(math.sqrt(_MAX_PIXELS / (width * height)), 1)
         rows, columns = (_floor(side * scale) // self._vae_factor for side in (height, width))
         shape = (1, self.transformer.config.in_channels, rows, columns)
         latents = torch.randn(shape, generator=generator, dtype=self.mllm.dtype).to(self._execution_device)
@@ -107,13 +107,13 @@ class OmniGen2Pipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(sigmas=sigmas, device=self._execution_device)
         self.num_timesteps = num_inference_steps
         for step, timestep in enumerate(self.scheduler.timesteps):
-            # Rounded to the models' dtype: so the published code samples.
+            # The published code rounds the time to the models' dtype.
             time = (1 - timestep / 1000).to(latents.dtype)[None]
-            velocity, *others = (self.transformer(latents, time, text, references) for text in contexts)
-            for away in others:
-                velocity = away + guidance_scale * (velocity - away)
-            moved = self.scheduler.step(-velocity.float(), timestep, latents, return_dict=False)[0]
-            latents = moved.to(latents.dtype)
+            velocity, *negatives = (self.transformer(latents, time, text, references) for text in contexts)
+            for negative in negatives:
+                velocity = negative + guidance_scale * (velocity - negative)
+            stepped = self.scheduler.step(-velocity.float(), timestep, latents, return_dict=False)[0]
+            latents = stepped.to(latents.dtype)
             if callback_on_step_end is not None:
                 callback_on_step_end(self, step, timestep, {})
 
@@ -130,16 +130,16 @@ class OmniGen2Pipeline(DiffusionPipeline):
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def _read(self, text: str) -> Tensor:
-        """Return what the language model makes of a text in the template, [1, L, its width]."""
+        """Return the language model's states [1, L, width] for a text in the template."""
         tokens = self.tokenizer(
-            _TEMPLATE.format(text), truncation=True, max_length=_TOKENS, return_tensors="pt"
+            _TEMPLATE.format(text), truncation=True, max_length=_MAX_TOKENS, return_tensors="pt"
         )
         return self.mllm(tokens.input_ids.to(self._execution_device)).last_hidden_state
 
     def _encode(self, image: Image.Image, generator: torch.Generator) -> Tensor:
-        """Return latents [1, C, h, w] of a reference, which is never enlarged."""
+        """Return latents [1, C, h, w] of a reference, shrunk to the limits if needed but never enlarged."""
         width, height = image.size
-        scale = min(math.sqrt(_PIXELS / (width * height)), _SIDE / max(width, height), 1)
+        scale = min(math.sqrt(_MAX_PIXELS / (width * height)), _MAX_SIDE / max(width, height), 1)
         seen = image.resize((_floor(width * scale), _floor(height * scale)), _LANCZOS)
         pixels = torch.from_numpy(np.array(seen, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
         posterior = self.vae.encode(pixels.to(self._execution_device, self.vae.dtype)).latent_dist
@@ -149,10 +149,10 @@ class OmniGen2Pipeline(DiffusionPipeline):
 def reference_arguments(
     _pipeline: OmniGen2Pipeline, prompt: PromptSpec, controls: Sequence[Image.Image]
 ) -> dict[str, Any]:
-    """Arguments for texts and references. Those draw from a generator of their own, of the same seed.
+    """Arguments for texts and references. References use a separate generator with the same seed.
 
-    Texts are put in the template twice, here and by the pipeline, as in training; not so an empty negative
-    one.
+    Texts are put in the template twice, here and in the pipeline, as in training. An empty negative prompt is
+    put in only once, in the pipeline.
     """
     return {
         "prompt": _TEMPLATE.format(prompt.prompt),
@@ -165,7 +165,7 @@ def reference_arguments(
 def reference_preview_arguments(
     pipeline: OmniGen2Pipeline, prompt: PromptSpec, controls: Sequence[Image.Image]
 ) -> dict[str, Any]:
-    """As `reference_arguments` for a preview: the reference is stretched to its size."""
+    """As `reference_arguments`, for a preview: references are stretched to the picture's size."""
     size = (prompt.width, prompt.height)
     return {
         **reference_arguments(pipeline, prompt, [image.resize(size, _BILINEAR) for image in controls]),

@@ -1,15 +1,16 @@
 """OmniGen2's transformer, which no library has. Its blocks are those of Lumina-Image 2.0.
 
-One sequence holds the text, the reference images and the image itself. With L tokens of text, h x w patches
-of 2 x 2 latents in an image (n = h * w, of the references together r), C channels and d the width (2520):
+One sequence holds the text, the reference images and the image itself. L is the number of text tokens, T the
+text encoder's width, n = h * w the number of 2 x 2 latent patches in the image, r that of all references
+together, C the number of channels and d the width (2520):
 
     text        [1, L, T]      caption_embedder -> [1, L, d]    context_refiner
     reference   [1, C, 2h, 2w] ref_image_patch_embedder -> [1, h*w, d], plus image_index_embedding of its
-                               number                           ref_image_refiner, each image for itself
+                               number                           ref_image_refiner, image by image
     image       [1, C, 2h, 2w] x_embedder -> [1, n, d]          noise_refiner
     all         [1, L+r+n, d]  layers; the last n -> norm_out -> [1, n, 4C] -> [1, C, 2h, 2w]
 
-The time modulates all blocks but those of the text. Every block knows where a token is by three numbers:
+The time modulates all blocks except the text's. Every block gets a token's position as three numbers:
 
     text token k                        (k, k, k)
     patch in row y and column x         (s, y, x)    s starts at L and grows by max(h, w) after each reference
@@ -29,15 +30,15 @@ from diffusers.models.transformers.transformer_lumina2 import (
 )
 from torch import Tensor, nn
 
-_MOST_REFERENCES = 5
+_MAX_REFERENCES = 5
 
 _ROPE_BASE = 10000.0
 
 
 class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin):
-    """Predicts the velocity from noise to image. Configuration and names are those of the published model.
+    """Predicts the velocity from noise to image, with the published model's configuration and names.
 
-    `axes_lens` bounds the positions; requests stay far below, and nothing is precomputed from it.
+    `axes_lens` is the configured limit of positions. It is unused here: requests stay far below it.
     """
 
     @register_to_config
@@ -72,7 +73,7 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin):
                     num_attention_heads,
                     num_kv_heads,
                     multiple_of,
-                    ffn_dim_multiplier,  # type: ignore[arg-type] - None is handled there
+                    ffn_dim_multiplier,  # type: ignore[arg-type] - the block accepts None
                     norm_eps,
                     modulation,
                 )
@@ -81,7 +82,7 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin):
 
         self.x_embedder = nn.Linear(patch * in_channels, hidden_size)
         self.ref_image_patch_embedder = nn.Linear(patch * in_channels, hidden_size)
-        self.image_index_embedding = nn.Parameter(torch.zeros(_MOST_REFERENCES, hidden_size))
+        self.image_index_embedding = nn.Parameter(torch.zeros(_MAX_REFERENCES, hidden_size))
         self.time_caption_embed = Lumina2CombinedTimestepCaptionEmbedding(
             hidden_size, text_feat_dim, norm_eps=norm_eps
         )
@@ -100,10 +101,10 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin):
     def forward(self, image: Tensor, time: Tensor, text: Tensor, references: Sequence[Tensor]) -> Tensor:
         """Return the velocity of an image's latents [1, C, H, W], of the same shape.
 
-        `time` is [1], from 0 (noise) to 1 (image); `text` [1, L, T]; `references` up to five latents of
-        [1, C, H', W'] each. All sides are even.
+        `time` is [1], from 0 (noise) to 1 (image). `text` is [1, L, T]. `references` are up to five latents,
+        each [1, C, H', W']. All sides are even.
         """
-        moment, context = self.time_caption_embed(text, time.float() * self.timestep_scale, text)
+        modulation_input, context = self.time_caption_embed(text, time.float() * self.timestep_scale, text)
         grids = [self._grid(latents) for latents in (*references, image)]
         ids = [_text_positions(text), *_image_positions(grids, text)]
         rotary = [self._rotary(positions) for positions in ids]
@@ -115,20 +116,20 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin):
             tokens = self.ref_image_patch_embedder(self._patchify(latents))
             tokens = tokens + self.image_index_embedding[number]
             for block in self.ref_image_refiner:
-                tokens = block(tokens, None, rotary[1 + number], moment)
+                tokens = block(tokens, None, rotary[1 + number], modulation_input)
             parts.append(tokens)
         tokens = self.x_embedder(self._patchify(image))
         for block in self.noise_refiner:
-            tokens = block(tokens, None, rotary[-1], moment)
+            tokens = block(tokens, None, rotary[-1], modulation_input)
 
-        sequence, everywhere = torch.cat([*parts, tokens], dim=1), torch.cat(rotary, dim=1)
+        sequence, all_rotary = torch.cat([*parts, tokens], dim=1), torch.cat(rotary, dim=1)
         for block in self.layers:
-            sequence = block(sequence, None, everywhere, moment)
-        velocity = self.norm_out(sequence[:, -tokens.shape[1] :], moment)
+            sequence = block(sequence, None, all_rotary, modulation_input)
+        velocity = self.norm_out(sequence[:, -tokens.shape[1] :], modulation_input)
         return self._unpatchify(velocity, *grids[-1])
 
     def _grid(self, latents: Tensor) -> tuple[int, int]:
-        """Return how many rows and columns of patches latents have."""
+        """Return the numbers of rows and columns of patches in latents."""
         patch = self.patch_size
         return latents.shape[2] // patch, latents.shape[3] // patch
 
@@ -144,16 +145,16 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin):
         return cells.permute(0, 5, 1, 3, 2, 4).reshape(1, -1, rows * patch, columns * patch)
 
     def _rotary(self, positions: Tensor) -> Tensor:
-        """Return the turns of positions [n, 3] as complex numbers [1, n, head channels / 2].
+        """Return the rotations of positions [n, 3] as complex numbers [1, n, head channels / 2].
 
-        Each axis turns its own adjacent pairs of channels, by angles that are float64 until here.
+        Each axis rotates its own adjacent pairs of channels. Angles are computed in float64.
         """
         angles = [
             positions[:, axis, None].double() * self._frequencies(channels, positions.device)
             for axis, channels in enumerate(self.axes_dim_rope)
         ]
-        turns = torch.cat(angles, dim=1)
-        return torch.polar(torch.ones_like(turns), turns).to(torch.complex64)[None]
+        all_angles = torch.cat(angles, dim=1)
+        return torch.polar(torch.ones_like(all_angles), all_angles).to(torch.complex64)[None]
 
     @staticmethod
     def _frequencies(channels: int, device: torch.device) -> Tensor:

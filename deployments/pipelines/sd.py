@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: what flags in the prompts of the trainer's previews say."""
+"""Stable Diffusion XL: the flags in prompts that the trainer's previews obey."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ def flag_arguments(_pipeline: Any, prompt: PromptSpec, _controls: Sequence[Image
     """Arguments for guidance rescale, and the second text encoder's own negative prompt."""
     arguments: dict[str, Any] = {"guidance_rescale": prompt.guidance_rescale}
     if prompt.neg_2 is not None:
-        # An empty one would mean that of the first; a blank is as empty to the tokenizer.
+        # The pipeline replaces an empty one by the first negative prompt. A blank encodes like no text.
         arguments["negative_prompt_2"] = prompt.neg_2 or " "
     return arguments

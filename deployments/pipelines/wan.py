@@ -1,4 +1,4 @@
-"""Wan: the control image that a video begins with, and how the trainer's previews differ."""
+"""Wan: the control image as first frame, and how the trainer's previews differ."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def image_arguments(_pipeline: Any, prompt: PromptSpec, controls: Sequence[Image
 
 @contextmanager
 def rounded_start(pipeline: Any, arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
-    """Begin a video from an image with noise and a condition that are rounded to the models' dtype.
+    """Round the noise and the image condition to the models' dtype if the video starts from an image.
 
     diffusers keeps both in float32.
     """
     if "image" not in arguments:
         yield
         return
-    own = pipeline.prepare_latents
+    original = pipeline.prepare_latents
 
     def rounded(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
-        latents, condition, *mask = own(*args, **kwargs)
+        latents, condition, *mask = original(*args, **kwargs)
         dtype = pipeline.vae.dtype
         return latents.to(dtype).float(), condition.to(dtype).float(), *mask
 
@@ -42,37 +42,37 @@ def rounded_start(pipeline: Any, arguments: dict[str, Any]) -> Iterator[None]:  
     try:
         yield
     finally:
-        pipeline.prepare_latents = own
+        pipeline.prepare_latents = original
 
 
 @contextmanager
 def trainer_boundary(pipeline: Any, arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
-    """Begin as above, and hand over to the low-noise transformer where the trainer does."""
-    own = pipeline.config.boundary_ratio
+    """As `rounded_start`, and switch to the low-noise transformer where the trainer does."""
+    original = pipeline.config.boundary_ratio
     pipeline.register_to_config(boundary_ratio=0.875)
     try:
         with rounded_start(pipeline, arguments):
             yield
     finally:
-        pipeline.register_to_config(boundary_ratio=own)
+        pipeline.register_to_config(boundary_ratio=original)
 
 
 @contextmanager
 def trainer_resize(pipeline: Any, _arguments: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401
-    """Let CLIP see the control image as torchvision resizes it, which the trainer has installed."""
-    own = pipeline.image_processor
-    pipeline.image_processor = BytesProcessor.from_dict(own.to_dict())
+    """Let CLIP see the control image resized as by torchvision, which the trainer has installed."""
+    original = pipeline.image_processor
+    pipeline.image_processor = BytesProcessor.from_dict(original.to_dict())
     try:
         yield
     finally:
-        pipeline.image_processor = own
+        pipeline.image_processor = original
 
 
 class BytesProcessor(CLIPImageProcessorPil):
-    """CLIP's image processor with torchvision's resize, which is torch's own on bytes."""
+    """CLIP's image processor with torchvision's resize, which is torch's resize of uint8."""
 
     def resize(self, image: np.ndarray, size: Any, *_: object, **__: object) -> np.ndarray:  # noqa: ANN401
-        """Return an image uint8 [3, H, W] with its shorter side as `size` says, bicubic."""
+        """Resize an image uint8 [3, H, W] bicubically so that its shorter side is `size.shortest_edge`."""
         _, *sides = image.shape
         target = [int(size.shortest_edge * side / min(sides)) for side in sides]
         pixels = torch.from_numpy(image)[None]

@@ -11,5 +11,5 @@ from deployments.spec.job import PromptSpec
 
 
 def preview_arguments(_pipeline: Any, prompt: PromptSpec, _controls: Sequence[Image.Image]) -> dict[str, Any]:  # noqa: ANN401
-    """Arguments for guidance, which the pipeline counts from 0 and the trainer from 1."""
+    """Arguments for guidance: no guidance is 0 in the pipeline and 1 in the trainer."""
     return {"guidance_scale": max(0.0, prompt.guidance - 1)}

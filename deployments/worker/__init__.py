@@ -1,1 +1,1 @@
-"""One replica of a model: claims jobs, renders them, publishes their outputs, keeps its lease."""
+"""One replica of a model: claims jobs, renders them, publishes their outputs, renews its leases."""

@@ -1,6 +1,6 @@
-"""The claim loop: load the pipeline, then claim, render, hand over to publishing, and again.
+"""The claim loop: loads the pipeline, then claims a job, renders it, hands it to the publisher, and repeats.
 
-Everything here runs on the one thread that touches the device.
+The loop has its own thread, the only one that renders.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from deployments.worker.run import Run, Stop, Stopped
 logger = logging.getLogger(__name__)
 
 IDLE_POLL_S = 0.5
-"""Longest sleep between two looks at the queue: jobs that become claimable by time alone change no table."""
+"""Longest sleep between two claims. Some jobs become claimable just by waiting, which notifies nobody."""
 
 EXIT_POISONED = 17
-"""Exit status of a worker whose device no longer answers."""
+"""Exit status of a worker whose device no longer computes."""
 
 EXIT_BROKEN = 19
-"""Exit status of a worker whose claim loop met an error that it does not know."""
+"""Exit status of a worker whose claim loop hit an unexpected error."""
 
 LOAD_RETRY_S = 10.0
-"""Pause after a pipeline failed to load."""
+"""Pause before another try to load a pipeline that failed to load."""
 
 
 class ClaimLoop:
@@ -68,7 +68,7 @@ class ClaimLoop:
         self._publisher = Publisher(queue, store, self._settled)
         self._publishing: Future[None] | None = None
         self._runs: list[Run] = []
-        self._known: dict[str, frozenset[str]] = {}
+        self._resident: dict[str, frozenset[str]] = {}
         self._draining = threading.Event()
         self._watch = queue.watch()
         self._patience = Patience()
@@ -79,11 +79,11 @@ class ClaimLoop:
         self._thread = threading.Thread(target=self._main, name="render", daemon=True)
 
     def start(self) -> None:
-        """Begin to load, then to claim."""
+        """Start the thread, which loads the pipeline and then claims jobs."""
         self._thread.start()
 
     def drain(self, patience_s: float) -> None:
-        """Claim nothing more; give running jobs `patience_s` seconds, then release them to the queue."""
+        """Stop claiming. Running jobs get `patience_s` seconds, then they go back to the queue."""
         self._draining.set()
         self._prefetcher.close()
         self._thread.join(timeout=max(patience_s, 0.0))
@@ -93,8 +93,8 @@ class ClaimLoop:
 
     @property
     def warm(self) -> frozenset[str]:
-        """The LoRA sets that are here, or on their way: what other replicas should leave to this one."""
-        return self._prefetcher.held.union(self._known)
+        """The LoRA sets held here or on their way. Other replicas should leave their jobs to this one."""
+        return self._prefetcher.held.union(self._resident)
 
     def _main(self) -> None:
         try:
@@ -109,11 +109,11 @@ class ClaimLoop:
             self._watch.close()
             self._publisher.close()
         except Exception:
-            logger.exception("the claim loop of %s broke; ending", self._model)
+            logger.exception("the claim loop of %s failed; ending the process", self._model)
             end_process(EXIT_BROKEN)
 
     def _load(self) -> None:
-        """Load until it works. While it does not, waiting jobs are told so, attempt by attempt."""
+        """Load until it works. Each failed load fails one attempt of a waiting job, with the reason."""
         while not self._draining.is_set():
             try:
                 self._engine.load()
@@ -133,7 +133,7 @@ class ClaimLoop:
         try:
             return self._queue.claim(self._model, self._owner, warm=warm, patience_s=patience_s, offer=offer)
         except StoreUnavailable:
-            logger.warning("the job table is away; %s waits", self._owner)
+            logger.warning("the job table is unreachable; %s claims nothing until it is back", self._owner)
             return None
 
     def _offer(self, job: Job, secret: str | None) -> Answer:
@@ -162,7 +162,7 @@ class ClaimLoop:
 
     def _perform(self, claim: Claim) -> None:
         run, report = self._begin(claim), Report()
-        begun = time.monotonic()
+        started = time.monotonic()
         self._prefetcher.rendering.set()
         try:
             self._render(run, report)
@@ -173,12 +173,12 @@ class ClaimLoop:
         except Exception:
             self._diagnose(run)
         self._note_warm(run, report)
-        # One job renders while one is published, never more: wait for the one before.
+        # At most one job is published while the next one renders.
         if self._publishing is not None:
             self._publishing.result()
         self._prefetcher.rendering.clear()
         result = {
-            "inference_time": time.monotonic() - begun,
+            "inference_time": time.monotonic() - started,
             "timings": report.timings,
             "warnings": report.warnings,
         }
@@ -206,22 +206,22 @@ class ClaimLoop:
         run.on_phase(Phase.PUBLISH)
 
     def _diagnose(self, run: Run) -> None:
-        """Fail the run; if the device no longer answers, settle it and end this process."""
+        """Fail the run. If the device no longer computes, settle the run and end this process."""
         logger.exception("job %s failed", run.claim.job.id)
         try:
             self._engine.probe()
         except Exception:
-            logger.exception("the device does not answer; ending")
+            logger.exception("the device no longer computes; ending the process")
             run.fail(JobFailure(FailureCode.DEVICE_FAULT, "the device failed during the job", retry=True))
             self._publisher.settle(run, {}).result()
             end_process(EXIT_POISONED)
         run.fail(JobFailure(FailureCode.INTERNAL_ERROR, "the job failed in the pipeline", retry=True))
 
     def _note_warm(self, run: Run, report: Report) -> None:
-        """Update which LoRA sets are resident; the heartbeat tells the other replicas of the model."""
+        """Update which LoRA sets are on the device; the heartbeat announces them to the other replicas."""
         adapter, resident = run.spec.adapter, self._engine.warm
-        if adapter not in self._known and report.adapters and report.adapters <= resident:
+        if adapter not in self._resident and report.adapters and report.adapters <= resident:
             parts = ("prefetch", "fetch", "adapters")
             self._patience.note(sum(report.timings.get(part, 0.0) for part in parts))
-        known = self._known | {adapter: report.adapters}
-        self._known = {key: hashes for key, hashes in known.items() if hashes and hashes <= resident}
+        sets = self._resident | {adapter: report.adapters}
+        self._resident = {key: hashes for key, hashes in sets.items() if hashes and hashes <= resident}

@@ -1,7 +1,7 @@
-"""The heartbeat of a worker: renews its leases, hears of cancellation, and ends a worker that is stuck.
+"""A worker's heartbeat: renews leases, reads cancellations, and ends the process of a stuck worker.
 
-It runs on a thread of its own, so that neither the pipeline nor the event loop can hold it up, and it renews
-a lease only while the job moves: a hung GPU must lose its job, not keep it for ever.
+It has its own thread, so neither the pipeline nor the event loop can delay it. If a job makes no progress for
+too long, the heartbeat ends the process: a hung GPU must lose its job instead of keeping it forever.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from deployments.worker.run import STALL_LIMITS_S, Run, Stop
 logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
-"""How often progress is written and cancellation is read."""
+"""Seconds between beats. Each beat writes a job's progress and reads whether it was canceled."""
 
 RENEW_S = 5.0
-"""How often a lease is renewed, and the replica's presence with its warm adapters."""
+"""Seconds between renewals of a lease, and between announcements of the replica and its warm LoRA sets."""
 
 EXIT_STALLED = 18
-"""Exit status of a worker that ended itself because a phase did not move."""
+"""Exit status of a worker that ended itself because a job was stuck."""
 
 
 def end_process(status: int) -> None:
-    """End this process at once. Serve would let a sick replica drain for its whole grace, its GPU held."""
+    """End this process at once. Serve would let a broken replica hold its GPU for the whole grace period."""
     logging.shutdown()
     os._exit(status)
 
@@ -60,22 +60,22 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._loop, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Announce the replica and begin to beat."""
+        """Announce the replica and start to beat."""
         self._announce()
         self._thread.start()
 
     def watch(self, run: Run) -> None:
-        """Begin to renew the lease of a run, which stops by itself after two thirds of one without."""
+        """Start to renew the lease of a run. A run that is not renewed for 2/3 of a lease stops by itself."""
         run.unrenewed_s = self._lease_s * 2 / 3
         self._runs[run.prefix] = run
 
     def forget(self, run: Run) -> None:
-        """Stop renewing: the run is settled."""
+        """Stop renewing the lease of a settled run."""
         self._runs.pop(run.prefix, None)
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs; without it leases end under healthy jobs."""
+        """True if the thread runs; without it, healthy jobs lose their leases."""
         return self._thread.is_alive()
 
     def close(self) -> None:
@@ -85,7 +85,7 @@ class Heartbeat:
         try:
             self._queue.withdraw(self._owner)
         except StoreUnavailable:
-            logger.warning("the job table is away; presence of %s ends with its time", self._owner)
+            logger.warning("the job table is unreachable; the presence of %s will expire", self._owner)
 
     def _loop(self) -> None:
         while not self._closing.wait(min(BEAT_S, self._lease_s / 6)):
@@ -96,7 +96,9 @@ class Heartbeat:
 
     def _beat(self, run: Run) -> None:
         if run.stalled(self._limits):
-            logger.error("job %s is stuck in phase %s; ending", run.claim.job.id, run.progress.phase)
+            logger.error(
+                "job %s is stuck in phase %s; ending the process", run.claim.job.id, run.progress.phase
+            )
             end_process(EXIT_STALLED)
         now = time.monotonic()
         due = now - run.renewed >= min(RENEW_S, self._lease_s / 3)
@@ -105,13 +107,15 @@ class Heartbeat:
         except LeaseLost:
             run.stop(Stop.LEASE_LOST)
         except StoreUnavailable:
-            # Another worker may take the job when the lease ends: be out of the pipeline before that. The try
-            # itself took its time.
+            # When the lease ends, another worker may take the job, so this one must have left the pipeline.
+            # The failed call may have taken a while, so `now` is out of date.
             unrenewed = time.monotonic() - run.renewed
             if unrenewed > run.unrenewed_s:
                 run.stop(Stop.LEASE_LOST)
             if unrenewed > self._lease_s:
-                logger.error("job %s did not stop before its lease ended; ending", run.claim.job.id)
+                logger.error(
+                    "job %s did not stop before its lease ended; ending the process", run.claim.job.id
+                )
                 end_process(EXIT_STALLED)
         else:
             if due:
@@ -126,4 +130,4 @@ class Heartbeat:
             self._queue.announce(self._owner, self._model, self._warm())
             self._announced = time.monotonic()
         except StoreUnavailable:
-            logger.warning("the job table is away; %s could not announce itself", self._owner)
+            logger.warning("the job table is unreachable; %s could not announce itself", self._owner)

@@ -1,10 +1,12 @@
-"""Brings the LoRAs of jobs to come to this node: no device waits while an origin is asked.
+"""Prefetches the LoRAs of upcoming jobs, so that the device never waits for a download.
 
-A job whose LoRAs have to be asked for elsewhere is not claimed before they are here: it stays in the queue,
-its LoRA counts as held by this replica, and jobs behind it whose LoRA is ready go first. While a job runs,
-the job that would be claimed next is looked up and its LoRAs are brought as well. What was brought is for
-that one job, since each has its own rights at the origin. No failure is told before the job is claimed: then
-the job fails with it, and the origin is not asked again.
+A job whose LoRAs need the network is not claimed until they are here. It stays in the queue, its LoRA set
+counts as held by this replica, and later jobs whose LoRAs are ready go first. While a job runs, the replica
+also looks up the job that it would claim next and fetches that job's LoRAs.
+
+Fetched LoRAs serve only the job that they were fetched for, since each job has its own access rights at the
+origin. A failure is kept until the job is claimed. Then the job fails with it, without a second request to
+the origin.
 """
 
 from __future__ import annotations
@@ -28,27 +30,27 @@ from deployments.spec.job import LoraSpec, RenderSpec, unseal
 logger = logging.getLogger(__name__)
 
 SLOTS = 4
-"""Jobs whose LoRAs are brought, or wait here, at the same time."""
+"""Number of jobs whose LoRAs may be on their way or waiting here at the same time."""
 
 FRESH_S = 60.0
-"""How long what was brought waits for its job; then the origin's answer is too old."""
+"""How long fetched LoRAs wait for their job. After that the origin's answer is too old."""
 
 LOOK_S = 0.5
-"""Pause between two looks at the queue while a job runs."""
+"""Pause between two looks at the queue."""
 
 Prepare: TypeAlias = Callable[[LoraFile], AbstractContextManager[None]]
 
 PeekNext: TypeAlias = Callable[[frozenset[str]], "tuple[Job, str | None] | None"]
-"""Returns the job that would be claimed next, those of the given LoRA sets left out, and its secret."""
+"""Returns the next job outside the given LoRA sets and its secret, or None; claims nothing."""
 
 
 class _Closed(Exception):
-    """Ends what is being brought."""
+    """Raised into a running fetch to end it."""
 
 
 @dataclass(slots=True)
 class Arrival:
-    """The LoRAs of one job, on their way here or open on this node until `leases` are closed."""
+    """The LoRAs of one job: on their way, or open on this node until `leases` is closed."""
 
     job: Job
     begun: float = field(default_factory=time.monotonic)
@@ -60,18 +62,19 @@ class Arrival:
     leases: ExitStack = field(default_factory=ExitStack)
 
     def open(self, lora: LoraSpec, *, tick: Tick, token: str | None) -> AbstractContextManager[LoraFile]:
-        """As `Loras.open`, which has been called already; raises the failure that it met."""
+        """Return a file that is already open, as `Loras.open` would, or raise the failure of the fetch."""
         if self.failure:
             raise self.failure
         return nullcontext(self.files[lora])
 
 
 class Prefetcher:
-    """Brings LoRAs with `loras`, then `prepare`, on threads of its own; thread-safe.
+    """Fetches LoRAs with `loras`, then preloads them with `prepare`, on its own threads. Thread-safe.
 
-    `prepare` takes a file to the tiers of the engine and holds it there. `peek_next` looks at the queue while
-    `rendering` is set, `queued` tells which of some jobs still wait; `arrived` is called when something has
-    come. At most `SLOTS` jobs at a time have their LoRAs in use here, which budgets may be overshot by.
+    `prepare` loads a file into the engine's memory tiers and holds it there. `peek_next` looks at the queue
+    while `rendering` is set. `queued` returns which of the given jobs still wait. `arrived` is called after
+    each fetch. The LoRAs of up to `SLOTS` jobs are in use here at a time, so memory budgets may be exceeded
+    by that much.
     """
 
     def __init__(
@@ -91,19 +94,19 @@ class Prefetcher:
         self._lock = threading.Lock()
         self._arrivals: dict[str, Arrival] = {}
         self._closing = threading.Event()
-        self._bringers = ThreadPoolExecutor(SLOTS, "bring")
+        self._fetchers = ThreadPoolExecutor(SLOTS, "prefetch")
         self._scout = threading.Thread(target=self._look_ahead, name="scout", daemon=True)
         self.rendering = threading.Event()
 
     def start(self) -> None:
-        """Begin to look ahead while jobs run."""
+        """Start to look ahead while jobs run."""
         self._scout.start()
 
     def close(self) -> None:
-        """Bring nothing more, and let go of what is here; jobs stay in the queue."""
+        """Stop fetching and release everything held here. The jobs stay in the queue."""
         with self._lock:
             self._closing.set()
-        self._bringers.shutdown(wait=False, cancel_futures=True)
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
         with self._lock:
             for arrival in self._arrivals.values():
                 if arrival.done:
@@ -112,15 +115,15 @@ class Prefetcher:
 
     @property
     def held(self) -> frozenset[str]:
-        """The LoRA sets that were brought and wait for their job, or are on their way."""
+        """The LoRA sets that wait here for their job or are on their way."""
         with self._lock:
             return frozenset(arrival.job.adapter for arrival in self._arrivals.values())
 
     def offer(self, job: Job, secret: str | None, *, patience_s: float) -> Answer:
-        """Answer for a job that is next: taken if its LoRAs are here, else they are brought.
+        """Return TAKE if the job's LoRAs are here, BRING if they are on their way now, else LEAVE.
 
-        One job at a time, lest an idle replica bring what another could take; a further one when those on
-        their way have taken longer than `patience_s`.
+        Fetches for one job at a time, since other replicas may hold the LoRAs of the next jobs. Starts
+        another fetch only when all fetches under way have taken longer than `patience_s`.
         """
         with self._lock:
             self._drop_old()
@@ -129,15 +132,15 @@ class Prefetcher:
                 return Answer.TAKE if arrival.done else Answer.BRING
             try:
                 spec = RenderSpec.model_validate(job.spec)
-                asks_nobody = all(self._loras.opens_offline(lora) for lora in spec.loras)
+                offline = all(self._loras.opens_offline(lora) for lora in spec.loras)
             except (ValueError, OSError):
-                return Answer.TAKE  # Once it is claimed it fails with a code, and that counts as an attempt.
-            if asks_nobody:
+                return Answer.TAKE  # Claimed, the job fails with an error code, which counts as an attempt.
+            if offline:
                 return Answer.TAKE
-            return Answer.BRING if self._bring(job, spec, secret, patience_s) else Answer.LEAVE
+            return Answer.BRING if self._start_fetch(job, spec, secret, patience_s) else Answer.LEAVE
 
     def take(self, job: Job) -> Arrival | None:
-        """Return what was brought for a claimed job; the caller closes its leases."""
+        """Return the arrival of a claimed job, or None. The caller closes its leases."""
         with self._lock:
             arrival = self._arrivals.get(job.id)
             return self._arrivals.pop(job.id) if arrival and arrival.done else None
@@ -147,32 +150,32 @@ class Prefetcher:
             try:
                 self._drop_lost()
                 if self.rendering.is_set():
-                    self._bring_next()
+                    self._fetch_next()
             except StoreUnavailable:
-                logger.warning("the job table is away; nothing is brought ahead")
+                logger.warning("the job table is unreachable; nothing is prefetched")
             except Exception as error:
-                # The job that it met says more, once it is claimed.
-                logger.warning("nothing was brought ahead: %s", type(error).__name__)
+                # Only the type: the job reports the details once it is claimed.
+                logger.warning("nothing was prefetched: %s", type(error).__name__)
 
-    def _bring_next(self) -> None:
+    def _fetch_next(self) -> None:
         with self._lock:
-            coming = frozenset(each.job.adapter for each in self._arrivals.values() if not each.done)
-        if upcoming := self._peek_next(coming):
+            arriving = frozenset(each.job.adapter for each in self._arrivals.values() if not each.done)
+        if upcoming := self._peek_next(arriving):
             job, secret = upcoming
             with self._lock:
                 if job.id not in self._arrivals:
-                    self._bring(job, RenderSpec.model_validate(job.spec), secret, patience_s=0.0)
+                    self._start_fetch(job, RenderSpec.model_validate(job.spec), secret, patience_s=0.0)
 
-    def _bring(self, job: Job, spec: RenderSpec, secret: str | None, patience_s: float) -> bool:
-        """Begin, if there is room; the lock is held."""
-        latest = time.monotonic() - patience_s
-        coming = [arrival for arrival in self._arrivals.values() if not arrival.done]
-        if self._closing.is_set() or len(coming) == SLOTS or any(each.begun > latest for each in coming):
+    def _start_fetch(self, job: Job, spec: RenderSpec, secret: str | None, patience_s: float) -> bool:
+        """Start a fetch if there is a free slot and return whether it started. The caller holds the lock."""
+        cutoff = time.monotonic() - patience_s
+        arriving = [arrival for arrival in self._arrivals.values() if not arrival.done]
+        if self._closing.is_set() or len(arriving) == SLOTS or any(each.begun > cutoff for each in arriving):
             return False
         if len(self._arrivals) == SLOTS:
             self._drop(next(each for each in self._arrivals.values() if each.done))
         arrival = self._arrivals[job.id] = Arrival(job)
-        self._bringers.submit(self._run, arrival, spec, secret)
+        self._fetchers.submit(self._run, arrival, spec, secret)
         return True
 
     def _run(self, arrival: Arrival, spec: RenderSpec, secret: str | None) -> None:
@@ -183,8 +186,8 @@ class Prefetcher:
         except _Closed:
             pass
         except Exception as error:
-            logger.warning("LoRAs of job %s were not brought: %s", arrival.job.id, type(error).__name__)
-            message = "the job's LoRAs could not be brought to the worker"
+            logger.warning("the LoRAs of job %s were not fetched: %s", arrival.job.id, type(error).__name__)
+            message = "the job's LoRAs could not be fetched by the worker"
             arrival.failure = JobFailure(FailureCode.INTERNAL_ERROR, message, retry=True)
         with self._lock:
             arrival.seconds, arrival.done = time.monotonic() - arrival.begun, True
@@ -206,13 +209,13 @@ class Prefetcher:
             raise _Closed
 
     def _drop_old(self) -> None:
-        latest = time.monotonic() - FRESH_S
+        cutoff = time.monotonic() - FRESH_S
         for arrival in list(self._arrivals.values()):
-            if arrival.done and arrival.begun + arrival.seconds < latest:
+            if arrival.done and arrival.begun + arrival.seconds < cutoff:
                 self._drop(arrival)
 
     def _drop_lost(self) -> None:
-        """Drop what was brought for jobs that others have claimed, or that were canceled."""
+        """Drop the LoRAs of jobs that were canceled or that other replicas have claimed."""
         with self._lock:
             self._drop_old()
             waiting = [each for each in self._arrivals.values() if each.done and not each.claimed]

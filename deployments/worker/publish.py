@@ -1,7 +1,7 @@
-"""Publishing beside the GPU: encode, store, record, settle, on one thread while the next job renders.
+"""Publishes outputs on one thread while the next job renders: encode, store, record, settle.
 
-Outputs become visible only by the fenced write that ends the job. An attempt's files lie under its own epoch,
-so a worker that lost its lease writes into a folder that nobody reads.
+Outputs become visible only with the write that ends the job, which fails if the lease was lost. Each attempt
+stores its files under its own epoch, so a worker that lost its lease writes to a folder that nobody reads.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ from deployments.worker.run import Run, Stop, Stopped
 logger = logging.getLogger(__name__)
 
 MEDIA_IN_HAND = 2
-"""Rendered but unpublished media held in memory; a slow store then holds up the renderer."""
+"""Number of rendered but unpublished media held in memory. At this limit rendering waits for the store."""
 
 RETRY_DELAY_S = 2.0
-"""Back-off before the second attempt; it doubles with each."""
+"""Back-off before the second attempt; doubles with each further attempt."""
 
 _TIMED_OUT = "the job ran longer than the time limit for one run"
 
 
 class Publisher:
-    """Puts the media of one job at a time into the object store and settles the job in the table."""
+    """Puts media into the object store and settles jobs in the job table, in the order handed over."""
 
     def __init__(self, queue: JobQueue, store: ObjectStore, on_settled: Callable[[Run], None]) -> None:
         self._queue = queue
         self._store = store
         self._on_settled = on_settled
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
-        self._room = threading.BoundedSemaphore(MEDIA_IN_HAND)
+        self._free_slots = threading.BoundedSemaphore(MEDIA_IN_HAND)
 
     def publish(self, run: Run, index: int, media: Media, manifest: Mapping[str, Any]) -> None:
-        """Hand over one prompt's media; blocks while `MEDIA_IN_HAND` are waiting. A fault fails the run."""
-        self._room.acquire()
+        """Hand over one prompt's media. Blocks while `MEDIA_IN_HAND` are waiting. An error fails the run."""
+        self._free_slots.acquire()
         self._thread.submit(self._publish, run, index, media, manifest)
 
     def settle(self, run: Run, result: Mapping[str, Any]) -> Future[None]:
-        """End the job as the run ended, after everything handed over before is published."""
+        """End the job as its run ended, after publishing everything that was handed over before."""
         return self._thread.submit(self._settle, run, result)
 
     def close(self) -> None:
-        """Wait for what was handed over."""
+        """Publish and settle what was handed over, then return."""
         self._thread.shutdown(wait=True)
 
     def _publish(self, run: Run, index: int, media: Media, manifest: Mapping[str, Any]) -> None:
@@ -76,14 +76,14 @@ class Publisher:
             logger.exception("job %s: output %d could not be published", run.claim.job.id, index)
             run.fail(JobFailure(FailureCode.INTERNAL_ERROR, "the output could not be encoded", retry=True))
         finally:
-            self._room.release()
+            self._free_slots.release()
 
     def _store_output(
         self, run: Run, index: int, media: Media, manifest: Mapping[str, Any]
     ) -> dict[str, Any]:
         format = run.spec.output_format
         extension, content_type = FILE_TYPES[format]
-        # The name cannot be guessed: whoever has the URL may read the output.
+        # The name cannot be guessed: anyone who has the URL can read the output.
         name = f"{run.prefix}/{index}-{secrets.token_urlsafe(16)}"
         with tempfile.TemporaryDirectory(prefix="lora-serve-") as folder:
             file = Path(folder, f"output.{extension}")
@@ -99,9 +99,9 @@ class Publisher:
                 "bytes": file.stat().st_size,
             }
             self._store.put_file(output["key"], file, content_type)
-        beside = {**manifest, "sha256": output["sha256"], "bytes": output["bytes"]}
+        complete = {**manifest, "sha256": output["sha256"], "bytes": output["bytes"]}
         self._store.put(
-            output["manifest_key"], json.dumps(beside, ensure_ascii=False).encode(), "application/json"
+            output["manifest_key"], json.dumps(complete, ensure_ascii=False).encode(), "application/json"
         )
         return output
 
@@ -132,7 +132,7 @@ class Publisher:
             self._queue.finish(claim, JobState.FAILED, error=failure.message, error_code=failure.code)
 
     def _persist(self, run: Run, write: Callable[[], None]) -> None:
-        """Write to the job table, again while it is away, until the heartbeat gives the lease up."""
+        """Write to the job table. Retry while it is unreachable, until the heartbeat gives the lease up."""
         while True:
             if run.stopped is Stop.LEASE_LOST:
                 raise LeaseLost

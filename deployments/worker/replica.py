@@ -1,7 +1,8 @@
-"""The Serve deployment of one model id: its replicas claim jobs themselves and answer no calls.
+"""The Serve deployment of one model id. Its replicas claim jobs from the job table and answer no calls.
 
-Ray Serve starts, scales, checks and drains replicas; jobs live in the table, where a replica's death loses
-none. This module imports no torch: the builder, the controller and the `serve` command line load it.
+Ray Serve starts, scales, checks and drains replicas. Jobs are stored in the table, so none is lost when a
+replica dies. This module imports no torch, because the builder, the controller and the `serve` command line
+import it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from deployments.settings import WorkerSettings
 from deployments.worker.heartbeat import Heartbeat
 
 RELEASE_MARGIN_S = 30.0
-"""Grace left at which a draining replica hands its running job back instead of being killed with it."""
+"""Seconds before the end of the grace period at which a draining replica releases its running job."""
 
 
 class Worker:
@@ -42,14 +43,14 @@ class Worker:
             warm=lambda: self._loop.warm if self._loop else (),
             lease_s=settings.lease_s,
         )
-        # Torch and diffusers take seconds to import: the policy must know of this replica before that.
+        # Torch and diffusers take seconds to import; the autoscaling policy must see the replica before that.
         self._heartbeat.start()
         from deployments.engine.control_images import Controls
         from deployments.engine.engine import Engine
         from deployments.loras.sources.loras import Loras
         from deployments.worker.claiming import ClaimLoop
 
-        # Read when torch first compiles; one that is set already is the operator's own.
+        # Torch reads this at its first compilation. Keep a value that the operator has set.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.compile_cache.absolute()))
         fetcher = Fetcher(parse_hosts(settings.fetch_hosts))
         store = open_store(settings.outputs)
@@ -63,16 +64,16 @@ class Worker:
             controls=Controls(store, fetcher, settings.max_image_pixels),
         )
         self._loop.start()
-        # Serve counts the replica as running from here on, so a rolling update keeps the old one until then.
+        # Serve counts the replica as running once this returns; a rolling update keeps the old one till then.
         await asyncio.to_thread(self._loop.loaded.wait)
 
     def check_health(self) -> None:
-        """Raise when leases are no longer renewed; a stuck or broken loop ends the process by itself."""
+        """Raise `RuntimeError` if no lease is renewed any more; a stuck or failed loop ends the process."""
         if not self._heartbeat.alive:
             raise RuntimeError("the heartbeat thread has ended")
 
     async def __del__(self) -> None:
-        """Drain: claim nothing more, finish what runs, or release it while there is time to write."""
+        """Drain: stop claiming and finish the running job, or release it while there is time to write."""
         grace_s = serve.get_replica_context()._deployment_config.graceful_shutdown_timeout_s
         patience_s = grace_s - min(RELEASE_MARGIN_S, grace_s / 2)
         if self._loop is not None:

@@ -1,4 +1,4 @@
-"""One claimed job on this worker: where it is, since when, and whether it has to stop."""
+"""One claimed job on this worker: its progress, and whether it has to stop."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ STALL_LIMITS_S: Mapping[Phase, float] = {
     Phase.DECODE: 900.0,
     Phase.PUBLISH: 600.0,
 }
-"""Seconds that a phase may go without a sign of movement before the worker counts as stalled."""
+"""Seconds that a phase may go without progress before the worker counts as stalled."""
 
 
 class Stop(StrEnum):
-    """Why a running job has to stop before it is done."""
+    """The reason why a running job has to stop early."""
 
     CANCELED = "canceled"
     LEASE_LOST = "lease_lost"
@@ -33,13 +33,13 @@ class Stop(StrEnum):
 
 
 class Stopped(Exception):
-    """Raised out of the pipeline at the next step after `Run.stop`."""
+    """Raised out of the pipeline at the first step after `Run.stop`."""
 
 
 class Run:
-    """A claim while it is rendered and published, shared by the render, publish and heartbeat threads.
+    """A claim that is being rendered and published, shared by the render, publish and heartbeat threads.
 
-    The first reason to stop wins, save that a lost lease overrides every other: nothing may be written then.
+    The first reason to stop wins, except that a lost lease overrides all others: then nothing may be written.
     """
 
     def __init__(self, claim: Claim) -> None:
@@ -48,7 +48,7 @@ class Run:
         self.started = time.monotonic()
         self.renewed = self.started
         self.unrenewed_s = math.inf
-        """Seconds after `renewed` when it has to stop: its lease is about to end, whoever hangs."""
+        """Seconds after `renewed` at which the job has to stop, because its lease is about to end."""
         self.failure: JobFailure | None = None
         self.stopped: Stop | None = None
         self._lock = threading.Lock()
@@ -59,12 +59,12 @@ class Run:
 
     @property
     def prefix(self) -> str:
-        """Where this attempt's outputs go: a zombie's files never mix with those of the next attempt."""
+        """Folder of this attempt's outputs, so that two attempts never mix their files."""
         return f"{self.claim.job.id}/{self.claim.epoch}"
 
     @property
     def progress(self) -> Progress:
-        """Where the job is now, as the status shows it."""
+        """The job's current progress, as the status shows it."""
         with self._lock:
             prompts = self.spec.prompts
             return Progress(
@@ -76,24 +76,24 @@ class Run:
             )
 
     def begin_prompt(self, index: int) -> None:
-        """Note that prompt `index` is next."""
+        """Record that prompt `index` is next."""
         with self._lock:
             self._prompt, self._step = index, 0
 
     def on_phase(self, phase: Phase) -> None:
-        """Enter a phase; raises `Stopped` if the job has to stop."""
+        """Enter a phase. Raises `Stopped` if the job has to stop."""
         with self._lock:
             self._phase, self._moved = phase, time.monotonic()
         self.check()
 
     def on_step(self, done: int, total: int) -> None:
-        """Note a finished denoising step of `total`; raises `Stopped` if the job has to stop."""
+        """Record that `done` of `total` denoising steps are done. Raises `Stopped` if the job has to stop."""
         with self._lock:
             self._step, self._moved = min(done, total), time.monotonic()
         self.check()
 
     def moved(self) -> None:
-        """Note that something moved in whatever phase it is; raises `Stopped` if the job has to stop."""
+        """Record progress within the current phase. Raises `Stopped` if the job has to stop."""
         with self._lock:
             self._moved = time.monotonic()
         self.check()
@@ -105,7 +105,7 @@ class Run:
                 self.stopped = reason
 
     def fail(self, failure: JobFailure) -> None:
-        """Record why the job failed; the first failure is the cause."""
+        """Record why the job failed. The first failure wins."""
         with self._lock:
             self.failure = self.failure or failure
 
@@ -117,6 +117,6 @@ class Run:
             raise Stopped
 
     def stalled(self, limits: Mapping[Phase, float]) -> bool:
-        """Whether the current phase has not moved within its limit."""
+        """Return whether the current phase has made no progress within its limit."""
         with self._lock:
             return time.monotonic() - self._moved > limits[self._phase]

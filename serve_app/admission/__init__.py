@@ -1,1 +1,1 @@
-"""From a request to a job: model rules, bounds and defaults. Knows nothing of HTTP routes."""
+"""Turns requests into jobs: model rules, limits and defaults. Does not know the HTTP routes."""

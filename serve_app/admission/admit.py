@@ -1,6 +1,6 @@
-"""From a request to what workers render: the rules of the models, the bounds of the service, every default.
+"""Turns a request into what workers render: checks model rules and service limits, fills in defaults.
 
-Blocking, and free of HTTP: the gateway runs it in a thread, `lora-serve render` calls it as it is.
+Blocking, without HTTP: the gateway runs it in a thread, `lora-serve render` calls it directly.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from deployments.spec.job import LoraSpec, PromptSpec, RenderSpec, bare
 from deployments.spec.lora_reference import LoraReference
 from serve_app.admission.lora_rules import URL, check_loras
 from serve_app.admission.prompt_flags import FlagError, Flags, read_prompt
-from serve_app.admission.video_rules import check_video, frames_a_second
+from serve_app.admission.video_rules import check_video, frames_per_second
 from serve_app.settings import Settings
 from serve_app.wire.refusals import Code, Refusal
 from serve_app.wire.requests import InferenceRequest, LoraItem, PromptItem
 
 FIRST_SEED = 42
-"""A prompt without a seed gets this one plus its index, as in the reference server."""
+"""A prompt without a seed gets this seed plus its index, as in the reference server."""
 
 RANDOM_SEEDS = 2**31 - 1
-"""Seed -1 draws below this, as in the reference server."""
+"""Seed -1 becomes a random seed below this, as in the reference server."""
 
 _NAMED_FIELDS = 20
 
@@ -35,9 +35,9 @@ _NAMED_FIELDS = 20
 def admit(
     request: InferenceRequest, settings: Settings, store: ObjectStore, *, kept: bool = True
 ) -> RenderSpec:
-    """Check everything that the request itself shows, then put its control images into `store`.
+    """Check a request as `check` does, then put its control images into `store`.
 
-    Nothing is stored unless all rules hold; as `check`, which raises `Refusal`.
+    Nothing is stored unless every check passes. Raises `Refusal`.
     """
     spec, images = check(request, settings, kept=kept)
     keep_images(images, store)
@@ -47,10 +47,10 @@ def admit(
 def check(
     request: InferenceRequest, settings: Settings, *, kept: bool = True
 ) -> tuple[RenderSpec, Mapping[str, bytes]]:
-    """Return what a request is resolved to, and the control images that it needs in the store, by their keys.
+    """Return the spec that a request becomes, and the control images to store for it, by key.
 
-    The rules come in the reference server's order and the first one broken answers; our own bounds follow. A
-    request that is to be `kept` may hold secrets only where they can be encrypted. Raises `Refusal`.
+    Checks run in the reference server's order, then come our own limits; the first failed check raises
+    `Refusal`. A request that will be stored (`kept`) may contain secrets only if they can be encrypted.
     """
     row = CATALOG.get(request.model)
     if row is None:
@@ -71,15 +71,15 @@ def check(
         output_format=request.output_format or model.formats[0],
         warnings=tuple(_warnings(request, choices, model)),
     )
-    # An image of several prompts is there once.
+    # Keys are content hashes, so an image that several prompts share appears once.
     return spec, {key: data for images in controls for key, data in images if data is not None}
 
 
 def keep_images(images: Mapping[str, bytes], store: ObjectStore) -> None:
     """Put control images into `store`.
 
-    One that an earlier request left there is stored again all the same: its age starts anew, so that no rule
-    that removes old objects takes it from this job.
+    An image that is already there is stored again. This resets its age, so that a lifecycle rule of the store
+    does not delete it before this job has run.
     """
     for key, data in images.items():
         store.put(key, data, "application/octet-stream")
@@ -101,7 +101,7 @@ def _check_bounds(
     longest = settings.max_prompt_chars
     for index, (prompt, choice) in enumerate(zip(request.prompts, choices, strict=True)):
         texts = (prompt.prompt, prompt.neg, prompt.trigger_word, request.trigger_word)
-        # The parts first: the trigger word multiplies.
+        # The parts first: filling in a long trigger word many times would make a huge text.
         if any(len(text or "") > longest for text in texts) or len(_text(request, prompt)) > longest:
             raise Refusal(Code.PROMPT_TOO_LONG, prompt_index=index, most=longest)
         check_video(prompt, index, model)
@@ -117,7 +117,7 @@ def _check_bounds(
 
 
 def check_format(format: str, model: ModelSpec) -> None:
-    """Raise `Refusal` unless the model's outputs can be encoded so."""
+    """Raise `Refusal` unless the model supports the output format."""
     if format not in model.formats:
         raise Refusal(Code.OUTPUT_FORMAT_NOT_SUPPORTED, model=model.id, supported=model.formats)
 
@@ -128,7 +128,7 @@ def _check_secrets(
     model: ModelSpec,
     references: Sequence[LoraReference],
 ) -> None:
-    """Refuse what would have to be stored in clear: a token, and the queries of URLs."""
+    """Refuse a token or the query of a URL if the service cannot encrypt it."""
     images = [image for choice in choices for image in choice.images] if model.control_images.most else []
     queries = any(reference.query for reference in references) or any(bare(url) != url for url in images)
     if (request.hf_token or queries) and not can_seal():
@@ -138,7 +138,7 @@ def _check_secrets(
 def _decode_controls(
     choice: Choice, index: int, model: ModelSpec, settings: Settings
 ) -> list[tuple[str, bytes | None]]:
-    """Return the control images that the model takes: URLs, or keys with the bytes as sent, which decode."""
+    """Return the images that the model takes: (URL, None), or (key, bytes as sent) if they decode."""
     if not model.control_images.most:
         return []
     decoded: list[tuple[str, bytes | None]] = []
@@ -176,7 +176,7 @@ def _resolve_lora(lora: LoraItem, reference: LoraReference) -> LoraSpec:
 
 
 def _resolve_prompt(request: InferenceRequest, index: int, model: ModelSpec) -> PromptSpec:
-    """Return a prompt with every default resolved, as yet without its control images."""
+    """Return prompt `index` with every default filled in, without its control images."""
     prompt, flags = _read_prompt(request, index)
     return PromptSpec(
         prompt=prompt.prompt,
@@ -187,7 +187,7 @@ def _resolve_prompt(request: InferenceRequest, index: int, model: ModelSpec) -> 
         guidance=model.guidance if prompt.guidance_scale is None else prompt.guidance_scale,
         seed=_seed(prompt.seed, index),
         num_frames=(prompt.num_frames or model.video.frames) if model.video else None,
-        fps=frames_a_second(prompt, model.video) if model.video else None,
+        fps=frames_per_second(prompt, model.video) if model.video else None,
         options={name: _option(request, name, default) for name, default in model.options.items()},
         resolution=prompt.resolution or "Default",
         sampling=request.sampling or "reference",
@@ -198,7 +198,7 @@ def _resolve_prompt(request: InferenceRequest, index: int, model: ModelSpec) -> 
 
 
 def _read_prompt(request: InferenceRequest, index: int) -> tuple[PromptItem, Flags]:
-    """Put in the trigger word; of a preview, let the flags override fields."""
+    """Fill in the trigger word. In a preview, let the prompt's flags override its fields."""
     prompt = request.prompts[index]
     text = _text(request, prompt)
     if request.sampling != "preview":
@@ -232,7 +232,7 @@ def _with_controls(
 
 
 def _seed(seed: int | None, index: int) -> int:
-    """Fix the seed now, so that every attempt at the job renders the same picture."""
+    """Choose the seed now, so that every attempt of the job renders the same picture."""
     if seed is None:
         return FIRST_SEED + index
     return secrets.randbelow(RANDOM_SEEDS) if seed == -1 else seed
@@ -241,13 +241,13 @@ def _seed(seed: int | None, index: int) -> int:
 def _warnings(request: InferenceRequest, choices: Sequence[Choice], model: ModelSpec) -> list[str]:
     warnings = []
     if unknown := request.unknown_fields:
-        # Quoted and cut: names are the sender's and may be of any length.
+        # Quoted and truncated: the client chose these names, and they may have any length.
         names = [repr(name[:60]) for name in unknown[:_NAMED_FIELDS]]
         more = f" and {len(unknown) - _NAMED_FIELDS} more" if len(unknown) > _NAMED_FIELDS else ""
         warnings.append(f"Unknown fields were ignored: {', '.join(names)}{more}.")
     most = model.control_images.most
     taken = [bool(most and choice.images) for choice in choices]
     if any(any(prompt.control_images) > took for prompt, took in zip(request.prompts, taken, strict=True)):
-        takes = f"at most {most} for a prompt" if most else "no control images"
-        warnings.append(f"{model.id} takes {takes}; those sent were ignored.")
+        takes = f"at most {most} per prompt" if most else "none"
+        warnings.append(f"Control images were ignored: {model.id} takes {takes}.")
     return warnings

@@ -1,4 +1,4 @@
-"""The bounds on queued jobs, without a count of the table for every submission."""
+"""Limits on queued jobs, enforced without counting the job table at every submission."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from serve_app.settings import GatewayArgs
 from serve_app.wire.refusals import Code, Refusal
 
 COUNT_S = 1.0
-"""How long a count stands, in seconds: what other gateways store meanwhile may overshoot a bound."""
+"""How long a count is used, in seconds. Jobs that other gateways store meanwhile can exceed a limit."""
 
 
 @dataclass
 class _Count:
-    """Queued jobs in all and of one tenant: the table's, plus those that came through this process since."""
+    """Queued jobs in total and of one tenant: the table's count, plus jobs that this process added since."""
 
     until: float
     queued: int
@@ -25,9 +25,9 @@ class _Count:
 
 
 class Backlog:
-    """Keeps room in the queue: a count takes as long as the queue is, and a submission must not.
+    """Limits queued jobs with cached counts: counting takes longer the longer the queue is.
 
-    Jobs that leave the queue make a count too high, never too low, so a bound is reached only by a new one.
+    A cached count is too high once jobs have left the queue, so only a new count can refuse a submission.
     """
 
     def __init__(self, queue: JobQueue, settings: GatewayArgs) -> None:
@@ -37,7 +37,7 @@ class Backlog:
         self._lock = threading.Lock()
 
     def enter(self, tenant: str, jobs: int = 1) -> Refusal | None:
-        """Count `jobs` more of `tenant` in, all or none; or return why there is no room. Blocking."""
+        """Count `jobs` more for `tenant`, all or none, or return the refusal. Blocking."""
         with self._lock:
             count = self._counts.get(tenant)
             if count and time.monotonic() < count.until and not self._refusal(tenant, count, jobs):
@@ -58,7 +58,7 @@ class Backlog:
             count.queued += jobs
 
     def _refusal(self, tenant: str, count: _Count, jobs: int) -> Refusal | None:
-        """Return the refusal of so many more jobs; an open service has no key to bound."""
+        """Return the refusal if `jobs` more are too many. An open service has no limit per key."""
         bounds = [("max_queued", self._settings.max_queued, count.queued)]
         if tenant != OPEN_TENANT:
             bounds.append(("max_queued_per_key", self._settings.max_queued_per_key, count.own))

@@ -1,4 +1,4 @@
-"""`POST /v1/loras/inspect` and `lora-serve inspect`: what a LoRA is, from its header."""
+"""Reports what a LoRA is from its header, for `POST /v1/loras/inspect` and `lora-serve inspect`."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from deployments.loras.sources.loras import Loras
 
 _LIMITS = Limits(total_s=20.0, grace_s=10.0)
-"""A header is at most 10 MB, and somebody waits for it."""
+"""A header has at most 10 MB, and a client is waiting for it."""
 
 
 class Inspector:
-    """Inspects LoRAs as requests name them. Blocking; for any number of threads."""
+    """Inspects LoRAs, named as in requests. Blocking; thread-safe."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
     def inspect(self, reference: str, token: str | None = None) -> Inspection:
-        """Tell what the LoRA at `reference` is; of one from elsewhere only the header is fetched.
+        """Return what the LoRA at `reference` is. For a remote LoRA, only the header is fetched.
 
-        `token` is for the hub and wins over the server's own. Raises `Refusal`.
+        `token` is a Hugging Face token; it overrides the server's own. Raises `Refusal`.
         """
         with refused_lora(reference):
             parsed = parse(reference)
@@ -40,6 +40,6 @@ class Inspector:
 
     @cached_property
     def _loras(self) -> Loras:
-        from deployments.loras.sources.loras import Loras  # It needs boto3.
+        from deployments.loras.sources.loras import Loras  # Imported here because it needs boto3.
 
         return Loras.of(self._settings, Fetcher(parse_hosts(self._settings.fetch_hosts), _LIMITS))

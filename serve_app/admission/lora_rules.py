@@ -1,4 +1,4 @@
-"""What a request may say of its LoRAs: how many, for which transformer, where from; and what headers show."""
+"""Checks the LoRAs of a request: their number, transformer and source, and the headers of local files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from serve_app.wire.refusals import Code, Refusal
 from serve_app.wire.requests import InferenceRequest
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://")
-"""What begins so is a URL, of whatever scheme."""
+"""Start of a URL with any scheme."""
 
 
 def check_loras(request: InferenceRequest, model: ModelSpec, settings: Settings) -> list[LoraReference]:
@@ -42,7 +42,7 @@ def check_loras(request: InferenceRequest, model: ModelSpec, settings: Settings)
 
 @contextmanager
 def refused_lora(reference: str) -> Iterator[None]:
-    """Turn what is wrong with the LoRA at `reference` into a `Refusal` that shows none of its secrets."""
+    """Convert errors of the LoRA at `reference` into a `Refusal` that reveals no secrets."""
     try:
         yield
     except (LoraReferenceError, JobFailure) as error:
@@ -60,7 +60,7 @@ def _lora_refusal(code: Code, request: InferenceRequest) -> Refusal:
 
 
 def _shown(path: str) -> str:
-    """Return what an answer may repeat of a reference: of a URL only the scheme, the rest may be secret."""
+    """Return `path` as an error may show it: only the scheme of a URL, because the rest may be secret."""
     url = URL.match(path)
     return f"{url[0]}***" if url else path
 
@@ -93,5 +93,5 @@ def _check_file(path: str, settings: Settings) -> LoraReference:
 
 @lru_cache(maxsize=65_536)
 def _check_header(file: Path, _device: int, _inode: int, _size: int, _mtime_ns: int) -> None:
-    """Judge a LoRA by its header, which takes milliseconds: once while inode, size and time stay the same."""
+    """Check a LoRA's header. This takes milliseconds, so the result is cached until the file changes."""
     judge(read_header(file))

@@ -1,4 +1,4 @@
-"""The row that an admitted request becomes in the job table."""
+"""Builds the job table row of an admitted request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def new_job(
     fingerprint: str | None,
     batch: str | None = None,
 ) -> tuple[NewJob, Mapping[str, bytes]]:
-    """Return the job that a request becomes, and the control images to keep for it. Raises `Refusal`."""
+    """Return the job for a request, and the control images to store for it, by key. Raises `Refusal`."""
     webhook = admit_webhook(request.webhook, settings)
     admitted, images = check(request, settings)
     spec, queries = split_secrets(admitted)

@@ -1,6 +1,6 @@
-"""How the trainer reads the prompts of its sample pictures: flags in them override fields.
+"""Reads prompts as the trainer reads those of its sample pictures: flags in a prompt override fields.
 
-A prompt ends at its first `--`. What follows each `--` is a flag up to the first blank, then its value:
+A prompt ends at its first `--`. After each `--` comes the flag, up to the first space, then its value:
 `a cat --w 512 --n blurry` is `a cat`, 512 pixels wide, with the negative prompt `blurry`.
 """
 
@@ -16,14 +16,14 @@ _FlagSide = Annotated[int, Field(le=MOST_SIDE), AfterValidator(lambda side: max(
 
 
 class FlagError(ValueError):
-    """A flag's value is no value of its field; the text is a sentence for its sender."""
+    """A flag has an invalid value. The message is written for the client."""
 
 
 class Flags(BaseModel):
-    """What the flags of a prompt say, within the bounds of the fields that they override.
+    """The flags of a prompt. Values have the bounds of the fields that they override.
 
-    Two have no field: `network_multiplier` is for this prompt alone, and `guidance_rescale` is
-    SDXL's, without bounds; other models read it and ignore it.
+    Two flags override no field: `network_multiplier` applies to this prompt only, and `guidance_rescale` is
+    for SDXL and has no bounds; other models ignore it.
     """
 
     neg: str | None = None
@@ -37,7 +37,7 @@ class Flags(BaseModel):
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """The fields of a request's prompt that are overridden."""
+        """The overridden fields of the prompt, by name."""
         return self.model_dump(exclude_unset=True, exclude={"network_multiplier", "guidance_rescale"})
 
 
@@ -55,11 +55,11 @@ _FIELDS = {
     "network_multiplier": "network_multiplier",
     "gr": "guidance_rescale",
 }
-"""The field that each flag sets. Others vanish; of two for one field the last holds."""
+"""The field that each flag sets. Unknown flags are dropped; if two flags set one field, the last one wins."""
 
 
 def read_prompt(text: str) -> tuple[str, Flags]:
-    """Return what is left to draw of a prompt, and what its flags say. Raises `FlagError`."""
+    """Split a prompt into its text and its flags. Raises `FlagError`."""
     prompt, *parts = text.split("--")
     pairs = [part.partition(" ") for part in parts]
     values = {_FIELDS[flag]: value.strip() for flag, _, value in pairs if flag in _FIELDS}

@@ -1,4 +1,4 @@
-"""What a model that makes videos takes of a request's frames and rate."""
+"""Checks the frame count and frame rate of requests for video models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from serve_app.wire.requests import PromptItem
 
 
 def check_video(prompt: PromptItem, index: int, model: ModelSpec) -> None:
-    """Raise `Refusal` for prompt `index` if the model makes no video of its frames or rate."""
+    """Raise `Refusal` if the model cannot make a video with the frame count or rate of prompt `index`."""
     video = model.video
     if video is None:
         return
@@ -18,6 +18,6 @@ def check_video(prompt: PromptItem, index: int, model: ModelSpec) -> None:
         raise Refusal(Code.FPS_NOT_SUPPORTED, model=model.id, prompt_index=index, supported=video.fps)
 
 
-def frames_a_second(prompt: PromptItem, video: Video) -> int:
-    """Return the rate that a prompt gets."""
+def frames_per_second(prompt: PromptItem, video: Video) -> int:
+    """Return the frame rate of a prompt's video."""
     return video.fps if video.other_fps == "ignored" else prompt.fps or video.fps

@@ -1,4 +1,4 @@
-"""The webhook that a request asks for: whether this service can sign it, and where it may go."""
+"""Checks the webhook of a request: the service must be able to sign it, and its URL must be allowed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from serve_app.wire.requests import WebhookItem
 VARIABLE = "WEBHOOK_SECRET"
 
 ENDS = tuple(state for state in JobState if state.terminal)
-"""What a webhook tells of unless the request says otherwise."""
+"""The states that send a message unless the request names others."""
 
 
 def open_signer() -> Webhook | None:
-    """Return what signs messages, None without `WEBHOOK_SECRET`; raises `ValueError` for a bad one."""
+    """Return the signer of webhooks, None without `WEBHOOK_SECRET`. Raises `ValueError` for a bad one."""
     secret = os.environ.get(VARIABLE)
     if not secret:
         return None
@@ -31,12 +31,12 @@ def open_signer() -> Webhook | None:
         size = 0
     # The sizes that Standard Webhooks allows.
     if not secret.startswith("whsec_") or not 24 <= size <= 64:
-        raise ValueError(f"{VARIABLE} must be whsec_ and the base64 of 24 to 64 random bytes")
+        raise ValueError(f"{VARIABLE} must be whsec_ followed by the base64 of 24 to 64 random bytes")
     return Webhook(secret)
 
 
 def admit_webhook(item: WebhookItem | None, settings: Settings) -> NewWebhook | None:
-    """Check where a request wants to be told; its query is kept encrypted. Raises `Refusal`."""
+    """Check a request's webhook; the query of its URL is stored encrypted. Raises `Refusal`."""
     if item is None:
         return None
     if open_signer() is None:

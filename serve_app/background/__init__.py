@@ -1,1 +1,1 @@
-"""The threads of a gateway process: long polls, event streams, webhooks, retention."""
+"""Background threads of a gateway process: long polls, event streams, webhooks, housekeeping, retention."""

@@ -1,4 +1,4 @@
-"""Followed jobs: what changes of them, read for all event streams of this process together."""
+"""Reads the changes of followed jobs, once for all event streams of this process."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from cluster.jobs.model import JobEvent, JobState, JobSummary
 from cluster.jobs.queue import JobQueue
 
 SPACING_S = 0.2
-"""Least time between two looks, in seconds: the table of a busy service changes all the time."""
+"""Shortest time between two reads, in seconds: the table of a busy service changes all the time."""
 
 PLACES_S = 2.0
-"""Least time between two counts of the queue, in seconds: one takes as long as the queue is."""
+"""Shortest time between two counts of the queue, in seconds: a longer queue takes longer to count."""
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A job at one moment: its history up to event `last`, and how many jobs are ahead if that is known."""
+    """A job at one moment: its history up to event `last`; `place` is the number of jobs ahead if known."""
 
     job: JobSummary
     last: int
@@ -30,22 +30,22 @@ class View:
 
 
 class Follower:
-    """Hears of one job on the event loop that made this; only the newest view is kept for a slow one."""
+    """Receives views of one job on the event loop that created it. A slow one gets only the newest."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
         self._view: View | None = None
-        self._told: View | None = None
+        self._sent: View | None = None
 
-    def tell(self, view: View) -> None:
-        """Hand over a view unless it is the one before; called from the looking thread."""
-        if view != self._told:
-            self._told = view
+    def notify(self, view: View) -> None:
+        """Pass on a view unless it equals the previous one. Called from the reading thread."""
+        if view != self._sent:
+            self._sent = view
             self._loop.call_soon_threadsafe(self._take, view)
 
     async def next(self, timeout_s: float) -> View | None:
-        """Return a new view as soon as there is one, None after `timeout_s` seconds."""
+        """Return the next view, or None after `timeout_s` seconds."""
         try:
             await asyncio.wait_for(self._event.wait(), timeout_s)
         except TimeoutError:
@@ -59,19 +59,19 @@ class Follower:
 
 
 class Following:
-    """Tells followers how their jobs are doing; a look costs a few queries, whatever their number."""
+    """Sends followers the views of their jobs. A read takes a few queries, for any number of followers."""
 
     def __init__(self, queue: JobQueue) -> None:
         self._queue = queue
         self._lock = threading.Lock()
         self._followers: dict[str, set[Follower]] = {}
-        # Of the looking thread alone.
+        # Used only by the reading thread.
         self._views: Mapping[str, View] = {}
-        self._next_look = self._next_count = 0.0
+        self._next_read = self._next_count = 0.0
 
     @contextmanager
     def of(self, job_id: str) -> Iterator[Follower]:
-        """Follow a job: the first look inside tells how it is, those after it what has changed."""
+        """Follow a job. The first read inside sends its current view, later reads only changed views."""
         follower = Follower()
         with self._lock:
             self._followers.setdefault(job_id, set()).add(follower)
@@ -84,28 +84,31 @@ class Following:
                     del self._followers[job_id]
 
     def view(self, job_id: str) -> View | None:
-        """Return how a job is now, None if the id is unknown; for any thread, blocking."""
+        """Return the current view of a job, None if the id is unknown. Blocking; callable from any thread."""
         return self._read([job_id], {}, count=True).get(job_id)
 
-    def look(self) -> None:
-        """Tell all followers, unless that was done just now. For one thread; raises `StoreUnavailable`."""
+    def refresh(self) -> None:
+        """Read all followed jobs and notify their followers, at most every `SPACING_S` seconds.
+
+        Call it from one thread only. Raises `StoreUnavailable`.
+        """
         now = time.monotonic()
         with self._lock:
             ids = list(self._followers)
-        if not ids or now < self._next_look:
+        if not ids or now < self._next_read:
             return
         count = now >= self._next_count
         if count:
             self._next_count = now + PLACES_S
         self._views = self._read(ids, self._views, count=count)
-        self._next_look = time.monotonic() + SPACING_S
+        self._next_read = time.monotonic() + SPACING_S
         with self._lock:
             for job_id, view in self._views.items():
                 for follower in self._followers.get(job_id, ()):
-                    follower.tell(view)
+                    follower.notify(view)
 
     def _read(self, ids: Collection[str], known: Mapping[str, View], *, count: bool) -> dict[str, View]:
-        """Read how jobs are; histories that have not grown, and places not to be counted, are the `known`."""
+        """Read the views of jobs. Unchanged histories, and places unless `count`, are taken from `known`."""
         latest = self._queue.latest(ids)
         grown = [job.id for job, last in latest if job.id not in known or known[job.id].last != last]
         histories = self._queue.histories(grown) if grown else {}
@@ -117,7 +120,7 @@ class Following:
         views = {}
         for job, last in latest:
             events = histories[job.id] if job.id in histories else known[job.id].history
-            # What has happened since the job was read is for the next look.
+            # Events since the job was read belong to the next view.
             history = tuple(event for event in events if event.id <= last)
             views[job.id] = View(job=job, last=last, history=history, place=places.get(job.id))
         return views

@@ -1,4 +1,4 @@
-"""One thread watches the job table for all requests of this process that wait: long polls, event streams."""
+"""One thread that watches the job table for all long polls and event streams of this process."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from serve_app.background.job_changes import Following
 logger = logging.getLogger(__name__)
 
 LOOK_S = 0.5
-"""Longest time between two looks while somebody waits, in seconds, should a change go unnoticed."""
+"""Longest time between two reads while a request waits, in seconds, in case a change notice is missed."""
 
 
 class _Ended:
-    """The end of one job, awaited on the event loop that made this."""
+    """The end of one job, awaited on the event loop that created this object."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
 
-    def tell(self) -> None:
-        """Wake the request; called from the watching thread."""
+    def notify(self) -> None:
+        """Wake the request. Called from the watching thread."""
         self._loop.call_soon_threadsafe(self._event.set)
 
     async def wait(self, timeout_s: float) -> None:
@@ -38,9 +38,9 @@ class _Ended:
 
 
 class Waiting:
-    """Tells requests when their jobs have ended: one query per change of the table, whatever their number.
+    """Wakes requests when their jobs end, with one query per change of the table for any number of requests.
 
-    Those that follow their jobs are told by `following`, on the same thread.
+    The same thread runs `following`, which serves the event streams.
     """
 
     def __init__(self, queue: JobQueue) -> None:
@@ -54,7 +54,7 @@ class Waiting:
 
     @contextmanager
     def end_of(self, job_id: str) -> Iterator[_Ended]:
-        """Watch a job. Read its state inside: an end after that read is told, one before is seen by it."""
+        """Watch a job. Read its state inside: the read sees an earlier end, a later one wakes the request."""
         ended = _Ended()
         with self._lock:
             self._awaited.setdefault(job_id, set()).add(ended)
@@ -67,7 +67,7 @@ class Waiting:
                     del self._awaited[job_id]
 
     def close(self) -> None:
-        """End the thread; blocks for up to `LOOK_S`."""
+        """Stop the thread. Blocks for up to `LOOK_S`."""
         self._closed.set()
         self._thread.join()
 
@@ -89,7 +89,7 @@ class Waiting:
                 finished = self._queue.finished(ids) if ids else set()
                 with self._lock:
                     for ended in (each for job_id in finished for each in self._awaited.get(job_id, ())):
-                        ended.tell()
-                self.following.look()
+                        ended.notify()
+                self.following.refresh()
         finally:
             watch.close()

@@ -1,6 +1,6 @@
-"""Sends webhooks from the outbox when jobs have ended, signed for their receivers; every gateway does.
+"""Sends signed webhooks from the outbox when jobs end. Every gateway does this.
 
-Signatures are those of Standard Webhooks (https://www.standardwebhooks.com), with the service's one secret.
+Signatures follow Standard Webhooks (https://www.standardwebhooks.com), with the one secret of the service.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from serve_app.wire.answers import StatusAnswer
 logger = logging.getLogger(__name__)
 
 LOOK_S = 1.0
-"""Pause between two looks into the outbox, in seconds."""
+"""Pause between two reads of the outbox, in seconds."""
 
 SENDERS = 8
-"""Messages that one gateway sends at a time."""
+"""Messages that one gateway sends in parallel."""
 
 LIMITS = Limits(total_s=20.0, grace_s=10.0)
-"""A receiver answers within 10 s; an attempt ends long before another gateway tries the same message."""
+"""A receiver must answer within 10 s. An attempt ends long before another gateway could take its message."""
 
 
 @contextmanager
 def _logged() -> Iterator[None]:
-    """Log whatever it is: if the threads ended of it, nobody would be told any more."""
+    """Log every error: if one ended a thread, no more webhooks would be sent."""
     try:
         yield
     except StoreUnavailable as error:
-        logger.warning("the job table is away; webhooks wait: %s", error)
+        logger.warning("the job table is unreachable; webhooks wait: %s", error)
     except Exception:
-        logger.exception("webhooks failed; the next look comes")
+        logger.exception("sending webhooks failed and will be tried again")
 
 
 class Sender:
-    """Sends what is due, on threads of its own; every gateway has one, and a message goes to one of them."""
+    """Sends due messages on its own threads. Every gateway has one; each message is taken by one of them."""
 
     def __init__(self, outbox: Outbox, signer: Webhook, settings: Settings) -> None:
         self._outbox = outbox
@@ -61,7 +61,7 @@ class Sender:
         self._thread.start()
 
     def close(self) -> None:
-        """End the threads after what they are sending."""
+        """Stop the threads once the current messages are sent."""
         self._closed = True
         self._woken.set()
         self._thread.join()
@@ -70,7 +70,7 @@ class Sender:
     def _run(self) -> None:
         sending: set[Future[None]] = set()
         while not self._closed:
-            # A slow receiver keeps one sender, not those beside it.
+            # A slow receiver blocks only its own sender thread.
             sending = {each for each in sending if not each.done()}
             if free := SENDERS - len(sending):
                 with _logged():
@@ -88,14 +88,14 @@ class Sender:
         try:
             status = self._post(message)
         except (FetchError, JobFailure, OSError) as error:
-            refusal = str(error)
+            failure = str(error)
         else:
             if 200 <= status < 300:
                 self._outbox.delivered(message)
                 return
-            refusal = f"the receiver answered {status}"
-        logger.warning("webhook of job %s, attempt %d: %s", message.job.id, message.attempts, refusal)
-        self._outbox.refused(message, refusal)
+            failure = f"the receiver answered {status}"
+        logger.warning("webhook of job %s, attempt %d: %s", message.job.id, message.attempts, failure)
+        self._outbox.refused(message, failure)
 
     def _post(self, message: Message) -> int:
         query = open_secret(message.secret)["query"] if message.secret else ""
@@ -111,9 +111,9 @@ class Sender:
 
 def _body(message: Message) -> str:
     status = StatusAnswer.of(message.job, None).model_dump(mode="json")
-    told = {
+    payload = {
         "type": f"request.{message.job.state}",
         "timestamp": status["finished_at"],
         "data": {"sequence": message.sequence, **status},
     }
-    return json.dumps(told, ensure_ascii=False)
+    return json.dumps(payload, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Batches from notebooks and scripts: tables of prompts in, pictures and contact sheets out."""
+"""Batches for notebooks and scripts: from a table of prompts to pictures and contact sheets."""
 
 from serve_app.batch.batch import Batch, map_batches
 

@@ -1,13 +1,13 @@
-"""Batches from notebooks and scripts: a table times a grid, submitted, watched, collected, and found again.
+"""Batches for notebooks and scripts: submit a table times a grid, watch it, and collect the results.
 
     batch = Batch(LoraServe("http://127.0.0.1:8000"))
     batch.submit("prompts.csv", model="flux", loras=["a.safetensors"], multipliers=[0.6, 1.0], seeds=[1, 2])
     batch.wait()
     batch.frame()
 
-The requests lie in the service's job table: who loses the notebook loses nothing, and `batch.id` finds them
-again. Where Ray client is the way into the cluster, `serve_app.client.ray_client.connect` makes the client.
-Importing this loads neither torch nor Ray nor pandas.
+The service stores the requests, so you lose nothing if you lose the notebook: `Batch(client, batch_id)` finds
+them again. With Ray client, get the client from `serve_app.client.ray_client.connect`. Importing this module
+loads neither torch nor Ray nor pandas.
 """
 
 from __future__ import annotations
@@ -41,34 +41,34 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 CHUNK = 500
-"""Requests of one call, and so of one transaction; the service takes up to 1000."""
+"""Requests per call, and so per transaction; the service accepts up to 1000."""
 
 CHUNK_BYTES = 32 * 2**20
-"""Most bytes of one call: control images are in it, and the service takes 64 MiB."""
+"""Most bytes per call, including control images; the service accepts 64 MiB."""
 
-LOOK_S = 1.0
-"""How often `wait` asks for the counts, in seconds."""
+POLL_S = 1.0
+"""Seconds between two reads of the counts in `wait`, and between attempts while the queue is full."""
 
 PAGE = 200
-"""Results that are read at a time."""
+"""Results per page."""
 
 FETCHES = 8
-"""Pictures of a contact sheet that are fetched at a time."""
+"""Pictures of a contact sheet that are downloaded at the same time."""
 
-MADE = ("request_id", "status", "url", "manifest_url", "error_code", "error")
+RESULT_COLUMNS = ("request_id", "status", "url", "manifest_url", "error_code", "error")
 """Columns that `map_batches` adds."""
 
 SMALL_CPU = 0.1
-"""CPUs of a task that waits for pictures: it must not keep a worker from its place."""
+"""Ray CPUs per task. Tasks only wait, and must not take the CPUs that a worker needs to start."""
 
 
 class Batch:
-    """Requests that are submitted and looked after together, on the service that `client` is connected to."""
+    """Requests that are submitted, watched and canceled together, on the service of `client`."""
 
     def __init__(self, client: LoraServe, batch_id: str | None = None) -> None:
-        """Name a new batch, or with its id one that is there: another process may have submitted it.
+        """Make a new batch, or with `batch_id` continue one that this or another process submitted.
 
-        Nothing is sent. Raises `ValueError` for an id that is none.
+        Sends nothing. Raises `ValueError` if `batch_id` is not a UUID.
         """
         self.id = str(uuid.uuid4() if batch_id is None else uuid.UUID(batch_id))
         self._client = client
@@ -89,39 +89,41 @@ class Batch:
     ) -> Self:
         """Submit a request for each row of `table` x LoRA x multiplier x seed, `chunk` of them at a time.
 
-        `table` is what `read_rows` takes; its columns, and `defaults` for rows that do not have them, are
-        those of `COLUMNS`; others are left out with a warning. A chunk is stored whole or not at all, and
-        only once: to submit the same table again, after whatever interrupted it, adds what is missing. While
-        the queue is full this waits for room. Raises `Refused`, as soon as a chunk is; `ValueError` for a bad
-        table.
+        `table` is anything that `read_rows` accepts. `COLUMNS` lists its columns; others are ignored with a
+        warning. `defaults` are values for columns that a row does not have. A chunk is stored completely or
+        not at all, and only once, so after an interruption submit the same table again: that adds what is
+        missing. While the queue is full, this waits. Raises `Refused` at the first refused chunk, with the
+        refused rows in the notes of the exception, and `ValueError` for an invalid table.
         """
         rows = read_rows(table)
         if unknown := sorted({name for row in rows for name in row} - COLUMNS):
-            warnings.warn(f"columns that no request has were left out: {', '.join(unknown)}", stacklevel=2)
+            warnings.warn(f"ignored unknown columns: {', '.join(unknown)}", stacklevel=2)
         requests = requests_of(rows, loras=loras, multipliers=multipliers, seeds=seeds, **defaults)
         if not requests:
             raise ValueError("the table has no rows")
         with _bar("submitted", len(requests), progress) as bar:
             for start, part in _chunks(requests, chunk):
-                # The place as well: a table may repeat itself.
+                # The key includes the position, because a table may contain the same rows twice.
                 digest = hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
                 body = {"batch_id": self.id, "requests": part}
                 try:
-                    self._when_there_is_room("/v1/batches", body=body, key=f"{self.id}:{start}:{digest}")
+                    self._post_when_queue_has_room(
+                        "/v1/batches", body=body, key=f"{self.id}:{start}:{digest}"
+                    )
                 except Refused as error:
                     for each in error.details.get("errors", ()) if error.code == "BATCH_REFUSED" else ():
-                        told = f"{each['code']}: {each['message']} {each['details']}"
-                        error.add_note(f"request {start + each['index']}: {told}")
+                        reason = f"{each['code']}: {each['message']} {each['details']}"
+                        error.add_note(f"request {start + each['index']}: {reason}")
                     raise
                 bar.update(len(part))
         return self
 
     def counts(self) -> Counts:
-        """Return how many requests are in each state; raises `Refused` where nothing was submitted."""
+        """Return how many requests are in each state; raise `Refused` if nothing was submitted."""
         return self._counts(self._client.send("GET", f"/v1/batches/{self.id}"))
 
     def wait(self, *, timeout_s: float | None = None, progress: bool = True) -> Counts:
-        """Return when every request has ended, or after `timeout_s` seconds. Interrupt it at will."""
+        """Wait until all requests have ended, at most `timeout_s` seconds. Interrupting it stops no job."""
         end = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         with _bar("rendered", 0, progress) as bar:
             while True:
@@ -130,10 +132,10 @@ class Batch:
                 bar.set_postfix(running=counts.in_progress, failed=counts.failed, canceled=counts.canceled)
                 if counts.ended == counts.total or time.monotonic() >= end:
                     return counts
-                time.sleep(LOOK_S)
+                time.sleep(POLL_S)
 
     def results(self) -> Iterator[BatchResult]:
-        """Yield every request with what came of it, in the order of submission."""
+        """Yield every request with its result, in the order of submission."""
         query = {"limit": str(PAGE)}
         while True:
             answer = self._client.send("GET", f"/v1/batches/{self.id}/results", query=query)
@@ -143,39 +145,40 @@ class Batch:
             query["cursor"] = answer["next_cursor"]
 
     def frame(self) -> pandas.DataFrame:
-        """Return a row for each picture or video asked for, in the order of submission.
+        """Return one row per requested picture or video, in the order of submission.
 
-        `waited_s` and `ran_s` are seconds in the queue and on a worker, `inference_s` those of rendering;
-        `url` is missing until the request has succeeded, and expires where outputs lie in S3.
+        `waited_s` and `ran_s` are seconds in the queue and on a worker, `inference_s` seconds of rendering.
+        `url` is missing until the request has succeeded. If outputs are stored in S3, `url` expires.
         """
         import pandas
 
         return pandas.DataFrame([row for result in self.results() for row in result.rows])
 
     def sheet(self, *, columns: int = 4, side: int = 256, most: int = 100) -> Image.Image:
-        """Return the first `most` pictures in rows of `columns`, each at most `side` pixels wide and high.
+        """Return a contact sheet of the first `most` outputs, as RGB.
 
-        Below each are its prompt, LoRA, multiplier and seed; what did not succeed says why.
+        It has `columns` pictures per row, each at most `side` pixels wide and high, with prompt, LoRA,
+        multiplier and seed below. A tile without a picture shows the reason instead.
         """
-        asked = ((result, index) for result in self.results() for index in range(len(result.prompts)))
-        shown = list(itertools.islice(asked, most))
+        outputs = ((result, index) for result in self.results() for index in range(len(result.prompts)))
+        shown = list(itertools.islice(outputs, most))
         with ThreadPoolExecutor(FETCHES) as threads:
             pictures = threads.map(lambda each: self._thumbnail(each[0], each[1], side), shown)
             labels = [result.label(index) for result, index in shown]
             return contact_sheet(list(map(Tile, pictures, labels)), columns, side)
 
     def cancel(self) -> Counts:
-        """Cancel what has not ended: at once what is queued, within one step what runs."""
+        """Cancel all requests that have not ended. Queued ones end at once, running ones within one step."""
         return self._counts(self._client.send("DELETE", f"/v1/batches/{self.id}"))
 
     def retry(self, *, progress: bool = True) -> int:
-        """Submit those again that have failed by now; return how many. They take the failed ones' place."""
+        """Submit the failed requests again, as new ones that replace them; return how many."""
         left = failed = self.counts().failed
         with _bar("submitted", failed, progress) as bar:
             while left:
                 query = {"limit": str(min(left, CHUNK))}
                 path = f"/v1/batches/{self.id}/retry"
-                retried = self._when_there_is_room(path, query=query, key=str(uuid.uuid4()))["retried"]
+                retried = self._post_when_queue_has_room(path, query=query, key=str(uuid.uuid4()))["retried"]
                 if not retried:
                     break
                 left = max(left - retried, 0)
@@ -185,18 +188,18 @@ class Batch:
     def _counts(self, answer: Mapping[str, Any]) -> Counts:
         return Counts.model_validate(answer["counts"])
 
-    def _when_there_is_room(self, path: str, **options: Any) -> Any:  # noqa: ANN401 - any JSON
-        """Post until the queue has room, however long the jobs before these take."""
+    def _post_when_queue_has_room(self, path: str, **options: Any) -> Any:  # noqa: ANN401 - any JSON
+        """Post a request, and repeat it while the queue is full."""
         while True:
             try:
                 return self._client.send("POST", path, **options)
             except Refused as error:
                 if error.code != "TOO_MANY_QUEUED":
                     raise
-                time.sleep(LOOK_S)
+                time.sleep(POLL_S)
 
     def _thumbnail(self, result: BatchResult, index: int, side: int) -> Image.Image | str:
-        """Return a picture made small, or a word that says why there is none."""
+        """Return a thumbnail, or a word that says why there is none."""
         output = result.files[index]
         if output is None:
             return result.error_code or result.status.value
@@ -221,16 +224,15 @@ def map_batches(
     in_flight: int = 4,
     **defaults: Any,  # noqa: ANN401 - any column
 ) -> Dataset:
-    """Return the rows of a Ray dataset with what the service made of them: the columns `MADE`, texts or null.
+    """Render the rows of a Ray dataset; return it with the columns `RESULT_COLUMNS` added, strings or null.
 
-    Rows are what a table of `Batch.submit` has, and may have more columns. They are submitted `chunk` at a
-    time, at most `in_flight` chunks at once, each block of the dataset by one task: repartition a dataset of
-    fewer blocks. Tasks reach the gateway through Serve, or by HTTP at `url`. A chunk with a request that is
-    refused fails the dataset; a job that fails has its `error`. A task that Ray runs again submits nothing
-    again.
+    Rows are like those of a table for `Batch.submit`, and may have more columns. At most `in_flight` chunks
+    of `chunk` rows are submitted at a time. One task processes each block, so repartition a dataset that has
+    fewer blocks than `in_flight`. Tasks reach the gateway through Serve, or by HTTP at `url`. A refused
+    request fails the dataset; a failed job has its `error` in the row. If Ray runs a task again, it does not
+    submit the requests again.
     """
-    named = {"run": uuid.uuid4(), "url": url, "api_key": api_key, "defaults": defaults}
-    render = partial(_render, **named)
+    render = partial(_render, run=uuid.uuid4(), url=url, api_key=api_key, defaults=defaults)
     return dataset.map_batches(
         render, batch_size=chunk, batch_format="pyarrow", concurrency=in_flight, num_cpus=SMALL_CPU
     )
@@ -239,11 +241,13 @@ def map_batches(
 def _render(
     table: pyarrow.Table, run: uuid.UUID, url: str | None, api_key: str | None, defaults: Mapping[str, Any]
 ) -> pyarrow.Table:
-    """Render a chunk, as a batch whose name says what is in it."""
+    """Render a chunk as a batch. Its id depends only on `run` and the rows: a repeated task adds nothing."""
     import pyarrow
 
-    if taken := set(MADE) & set(table.column_names):
-        raise ValueError(f"columns of the dataset have the names of results: {', '.join(sorted(taken))}")
+    if taken := set(RESULT_COLUMNS) & set(table.column_names):
+        raise ValueError(
+            f"rename these columns of the dataset, results use their names: {', '.join(sorted(taken))}"
+        )
     rows = [{name: value for name, value in row.items() if name in COLUMNS} for row in read_rows(table)]
     contents = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
     with connect(api_key=api_key) if url is None else LoraServe(url, api_key) as client:
@@ -251,13 +255,13 @@ def _render(
         batch.submit(rows, progress=False, **defaults)
         batch.wait(progress=False)
         made = [row for result in batch.results() for row in result.rows]
-    for name in MADE:
+    for name in RESULT_COLUMNS:
         table = table.append_column(name, pyarrow.array([row[name] for row in made], pyarrow.string()))
     return table
 
 
 def _chunks(requests: Sequence[Mapping[str, Any]], most: int) -> Iterator[tuple[int, list[Any]]]:
-    """Cut requests into chunks that one call takes, the same at each run; yield where each begins."""
+    """Split requests into chunks for one call, always at the same places; yield each with its start index."""
     part: list[Any] = []
     start = size = 0
     for index, request in enumerate(requests):
@@ -272,7 +276,7 @@ def _chunks(requests: Sequence[Mapping[str, Any]], most: int) -> Iterator[tuple[
 
 @contextmanager
 def _bar(what: str, total: int, shown: bool) -> Iterator[Any]:
-    """Show a progress bar, in a notebook or in a terminal."""
+    """Show a progress bar in a notebook or a terminal until the block ends."""
     from tqdm.auto import tqdm
 
     with tqdm(total=total, desc=what, unit="", disable=not shown) as bar:

@@ -1,4 +1,4 @@
-"""Contact sheets: many small pictures in one, each with lines of text below it."""
+"""Contact sheets: many thumbnails in one picture, each with lines of text below it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PAPER, INK, BLANK = "white", "black", "lightgrey"
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture, or the word that stands where there is none; and its label, line by line."""
+    """A picture, or a word in its place, and the lines of its label."""
 
     picture: Image.Image | str
     label: Sequence[str]
@@ -24,10 +24,10 @@ class Tile:
 def contact_sheet(tiles: Sequence[Tile], columns: int, side: int) -> Image.Image:
     """Return the tiles in rows of `columns`, as RGB; pictures are at most `side` pixels wide and high.
 
-    Raises `ValueError` where there are no tiles, or fewer than one column.
+    Raises `ValueError` for no tiles, or less than one column.
     """
     if not tiles or columns < 1:
-        raise ValueError("a contact sheet needs a picture and a column")
+        raise ValueError("a contact sheet needs at least one picture and one column")
     columns = min(columns, len(tiles))
     lines = max(len(tile.label) for tile in tiles)
     width, height = side + GAP, side + GAP + lines * LINE_PX
@@ -53,7 +53,7 @@ def _draw(sheet: Image.Image, tile: Tile, left: int, top: int, side: int) -> Non
 
 
 def _fitting(text: str, width: int) -> str:
-    """Return as much of a line as fits into `width` pixels."""
+    """Cut a line to `width` pixels; a line that was cut ends in `...`."""
     font = ImageFont.load_default(FONT_PX)
     text = " ".join(text.split())
     if font.getlength(text) <= width:

@@ -1,4 +1,4 @@
-"""Tables of prompts: from rows, a data frame or a file to the requests of a grid."""
+"""Tables of prompts: read rows, a data frame or a file, and make the requests of a grid."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from serve_app.wire.requests import InferenceRequest, PromptItem
 Row = Mapping[str, Any]
 
 Lora = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
-"""A path or URL; or an item of `loras` as in a request; or several, for a model with two transformers."""
+"""A path or URL, an item of `loras` as in a request, or several items for a model with two transformers."""
 
 PROMPT_COLUMNS = frozenset(PromptItem.model_fields)
 
 REQUEST_COLUMNS = frozenset(InferenceRequest.model_fields) - {"loras", "prompts"} - PROMPT_COLUMNS
 
 COLUMNS = PROMPT_COLUMNS | REQUEST_COLUMNS | {"lora", "multiplier"}
-"""What a table may say: fields of a prompt and of a request, and its LoRA with its weight (-2..2)."""
+"""Columns of a table: fields of a prompt and of a request, `lora`, and `multiplier` (-2..2)."""
 
 
-def read_rows(table: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - judged below
-    """Return the rows of a table, what is empty in them left out.
+def read_rows(table: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - checked below
+    """Return the rows of a table without their empty cells.
 
     A table is a list of mappings, a pandas data frame, an Arrow table, or the path of a file: CSV with a
-    header, or JSONL with an object per line. Raises `ValueError` for anything else and for a file that is not
-    what its name says, `OSError` for one that cannot be read.
+    header, or JSONL with one object per line. Raises `ValueError` for anything else and for invalid content,
+    `OSError` if the file cannot be read.
     """
     if isinstance(table, str | Path):
         rows = _read_file(Path(table))
     elif hasattr(table, "to_pylist"):
         rows = table.to_pylist()
     elif hasattr(table, "to_dict"):
-        # As objects first: numpy's numbers are no JSON, and an integer beside a gap would be a float.
+        # JSON has no numpy numbers, and pandas makes integers in a column with gaps floats.
         rows = table.astype(object).to_dict("records")
     else:
         rows = list(table) if isinstance(table, Iterable) else None
     if rows is None or not all(isinstance(row, Mapping) for row in rows):
         raise ValueError(
-            "a table is a list of mappings, a pandas or Arrow table, or the path of a .csv or .jsonl"
+            "a table must be a list of mappings, a pandas or Arrow table, or a path to a .csv or .jsonl file"
         )
     return [{name: value for name, value in row.items() if not _empty(value)} for row in rows]
 
@@ -56,15 +56,15 @@ def requests_of(
     seeds: Sequence[int] = (),
     **defaults: Any,  # noqa: ANN401 - any column
 ) -> list[dict[str, Any]]:
-    """Return a request of one prompt for each row x LoRA x multiplier x seed, the last one fastest.
+    """Return a request with one prompt for each row x LoRA x multiplier x seed; seeds vary fastest.
 
-    An axis that is empty has the row's own `lora`, `multiplier` or `seed`; `defaults` are columns for rows
-    that do not have them, None for none. Columns that no request has are left out. Raises `ValueError` for a
-    default that is no column.
+    If an axis is empty, the row's own `lora`, `multiplier` or `seed` is used. `defaults` are values for
+    columns that a row does not have; None means no default. Unknown columns of a row are ignored. Raises
+    `ValueError` for an unknown column in `defaults`.
     """
     if unknown := defaults.keys() - COLUMNS:
         raise ValueError(
-            f"no such column: {', '.join(sorted(unknown))}; there are {', '.join(sorted(COLUMNS))}"
+            f"unknown columns: {', '.join(sorted(unknown))}; choose from {', '.join(sorted(COLUMNS))}"
         )
     requests = []
     for row in rows:
@@ -89,7 +89,7 @@ def _request(cell: Row) -> dict[str, Any]:
 
 
 def _empty(value: object) -> bool:
-    """Tell whether a cell holds nothing: None, NaN, or what pandas has for other types."""
+    """Return whether a cell is empty: None, NaN, or pandas' `NA` or `NaT`."""
     missing = type(value).__name__ in ("NAType", "NaTType")
     return value is None or missing or (isinstance(value, float) and math.isnan(value))
 
@@ -98,10 +98,10 @@ def _read_file(file: Path) -> list[dict[str, Any]]:
     suffix = file.suffix.lower()
     if suffix == ".csv":
         with file.open(newline="", encoding="utf-8-sig") as lines:
-            # A cell without text says nothing: its default holds.
+            # An empty cell counts as missing, so the default applies.
             return [{name: text for name, text in row.items() if text} for row in csv.DictReader(lines)]
     if suffix != ".jsonl":
-        raise ValueError(f"{file.name}: a table is a .csv or a .jsonl file")
+        raise ValueError(f"{file.name}: a table must be a .csv or a .jsonl file")
     rows = []
     for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
         if line.strip():

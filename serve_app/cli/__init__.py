@@ -1,1 +1,1 @@
-"""Every command of `lora-serve`, one group per file; `main` puts them together."""
+"""All commands of `lora-serve`, one group per file; `main` registers them."""

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import logging
 import os
-import shutil
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
-from PIL import Image, ImageDraw
 from rich.console import Console
 
 from cluster.jobs.model import JobState
 from deployments.catalog import CATALOG
+from serve_app.cli.demo_requests import Request, drawing_requests, own_request
+from serve_app.cli.demo_sheet import show
 from serve_app.cli.terminal import Board
 from serve_app.client import LoraServe
 
 console = Console()
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One request of the demo: the name of its pictures, and the body that is posted."""
-
-    name: str
-    body: dict[str, Any]
 
 
 def run_demo(
@@ -54,10 +42,15 @@ def run_demo(
         return 2
     base_url = f"http://127.0.0.1:{port}"
     if model is not None and lora is not None and prompt is not None:
-        requests = [_own_request(folder, model, lora, prompt, image)]
+        requests = [own_request(folder, model, lora, prompt, image)]
         environment = {}
     else:
-        requests = _tiny_requests(folder)
+        console.print(
+            "No model was named, so this demo uses [bold]a tiny FLUX that draws simple shapes[/]. "
+            "Every part of the service is the real one. For your own LoRA on a GPU: "
+            "[bold]lora-serve demo --model flux --lora FILE --prompt TEXT[/]"
+        )
+        requests = drawing_requests(folder)
         environment = {"CHECKPOINTS_PATH": f"{folder}/checkpoints", "HF_HUB_OFFLINE": "1", "DEVICE": "cpu"}
     environment |= {
         # The demo's own service is open; an empty variable counts as absent.
@@ -72,6 +65,8 @@ def run_demo(
     try:
         _serve(sorted({request.body["model"] for request in requests}), port)
         failures = _render_all(base_url, requests, pictures)
+        if not failures:
+            show(console, requests, pictures)
         console.print(f"\nPictures and manifests: [bold]{pictures}[/]")
         if keep:
             _stay(base_url, requests[0])
@@ -83,63 +78,6 @@ def run_demo(
 def _taken(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _own_request(folder: Path, model: str, lora: Path, prompt: str, image: Path | None) -> Request:
-    """Build a request for a real checkpoint; the LoRA is copied below the demo's LoRA root."""
-    root = folder / "loras"
-    root.mkdir(parents=True, exist_ok=True)
-    shutil.copy(lora, root / lora.name)
-    item: dict[str, Any] = {"prompt": prompt}
-    if image is not None:
-        item["ctrl_img"] = base64.b64encode(image.read_bytes()).decode()
-    body = {"model": model, "loras": [{"path": lora.name}], "prompts": [item]}
-    if CATALOG[model].video is None:
-        body["output_format"] = "png"
-    return Request(model, body)
-
-
-def _tiny_requests(folder: Path) -> list[Request]:
-    """Make tiny checkpoints and LoRAs on the spot, and requests for them: two LoRAs, two models, one edit."""
-    from deployments.engine.tiny import write_tiny_checkpoints, write_tiny_lora
-
-    console.print(
-        "No model was named, so this demo makes [bold]tiny FLUX checkpoints with random weights[/]: "
-        "every part is real, the pictures are noise. For real ones: "
-        "[bold]lora-serve demo --model flux --lora FILE --prompt TEXT[/]"
-    )
-    write_tiny_checkpoints(folder / "checkpoints")
-    for seed, name in enumerate(("watercolor", "pixelart")):
-        write_tiny_lora(folder / "loras" / f"{name}.safetensors", seed=seed)
-    size = {"width": 256, "height": 192, "sample_steps": 8}
-
-    def request(name: str, model: str, lora: str, prompt: dict[str, Any]) -> Request:
-        loras = [{"path": f"{lora}.safetensors"}]
-        body = {"model": model, "loras": loras, "prompts": [prompt | size], "output_format": "png"}
-        return Request(name, body)
-
-    return [
-        request("fox-watercolor", "flux", "watercolor", {"prompt": "a red fox in the snow"}),
-        request("fox-pixelart", "flux", "pixelart", {"prompt": "a red fox in the snow"}),
-        request("castle-watercolor", "flux", "watercolor", {"prompt": "a castle on a hill", "seed": 7}),
-        request(
-            "edit-pixelart",
-            "flux_kontext",
-            "pixelart",
-            {"prompt": "make the sun green", "ctrl_img": _drawn_control()},
-        ),
-    ]
-
-
-def _drawn_control() -> str:
-    """Draw a small landscape as the control image; base64 of a PNG."""
-    picture = Image.new("RGB", (256, 192), "#9cc4e4")
-    pen = ImageDraw.Draw(picture)
-    pen.ellipse((180, 20, 230, 70), fill="#f6d55c")
-    pen.rectangle((0, 130, 256, 192), fill="#3caea3")
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _serve(models: list[str], port: int) -> None:

@@ -1,4 +1,4 @@
-"""`lora-serve jobs`: the job table for operators. It needs the environment of the gateways, and no Ray."""
+"""`lora-serve jobs`: the job table for operators. Needs the gateways' environment variables, but not Ray."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cluster.objects.store import StoreError
 from serve_app.background.janitor import DAY_S, remove_old
 from serve_app.settings import Settings
 
-app = typer.Typer(help="List, show, cancel, requeue and purge jobs.", no_args_is_help=True)
+app = typer.Typer(help="List, show, cancel, requeue, redeliver and purge jobs.", no_args_is_help=True)
 
 Ids = Annotated[list[str], typer.Argument(help="Ids of requests.", show_default=False)]
 
@@ -29,9 +29,9 @@ Ids = Annotated[list[str], typer.Argument(help="Ids of requests.", show_default=
 def list_jobs(
     state: Annotated[JobState | None, typer.Option(help="Only jobs in this state.")] = None,
     model: Annotated[str | None, typer.Option(help="Only jobs of this model.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, help="Show at most this many jobs.")] = 50,
 ) -> None:
-    """List jobs of all keys, newest first: id, state, attempts, model, submission, owner, error code."""
+    """List jobs of all keys, newest first: id, state, attempts, model, submission time, owner, error code."""
     with _queue() as queue:
         for job in queue.list(None, state=state, model=model, limit=limit):
             fields = (job.id, job.state, job.attempts, job.model, _at(job.created_at), job.tenant or "-")
@@ -40,43 +40,43 @@ def list_jobs(
 
 @app.command()
 def show(job_id: Annotated[str, typer.Argument(help="Id of a request.", show_default=False)]) -> None:
-    """Print all that the table has of a job, its history and outputs included, as JSON."""
+    """Print everything that is stored about a job as JSON, including its events and outputs."""
     with _queue() as queue:
-        told = asdict(_known(queue, job_id)) | {
+        row = asdict(_get(queue, job_id)) | {
             "outputs": queue.outputs(job_id),
             "events": [asdict(event) for event in queue.events(job_id)],
         }
-    typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
+    typer.echo(json.dumps(row, indent=2, ensure_ascii=False))
 
 
 @app.command()
 def cancel(job_ids: Ids) -> None:
-    """Cancel jobs: those that wait at once, those that run within one step."""
+    """Cancel jobs. Queued ones end at once, running ones within one step."""
 
     def one(queue: JobQueue, job_id: str) -> str:
         found = queue.cancel(job_id)
         if found is None:
-            raise _Refused("there is no such job")
+            raise _Refused("no such job")
         job, was_live = found
         if not was_live:
-            raise _Refused(f"it has ended: {job.state}")
-        return "canceled" if job.state is JobState.CANCELED else "stops"
+            raise _Refused(f"it has already ended: {job.state}")
+        return "canceled" if job.state is JobState.CANCELED else "stopping"
 
     _each(job_ids, one)
 
 
 @app.command()
 def requeue(job_ids: Ids) -> None:
-    """Submit failed jobs once more, each as a job with an id of its own.
+    """Submit failed jobs again, each as a new job with its own id.
 
-    What has ended stays as it ended. Tokens and queries of URLs were erased then: a job that needs them fails
-    again.
+    The failed job stays as it is. Its tokens and URL queries were erased when it ended, so a job that needs
+    them fails again.
     """
 
     def one(queue: JobQueue, job_id: str) -> str:
-        job = _known(queue, job_id)
+        job = _get(queue, job_id)
         if job.state is not JobState.FAILED:
-            raise _Refused(f"it has not failed: {job.state}")
+            raise _Refused(f"only failed jobs can be requeued, this one is {job.state}")
         return f"queued again as {queue.submit_again(job).id}"
 
     _each(job_ids, one)
@@ -84,21 +84,23 @@ def requeue(job_ids: Ids) -> None:
 
 @app.command()
 def redeliver(job_ids: Ids) -> None:
-    """Send the webhooks of ended jobs once more, with all attempts."""
+    """Send the webhooks of ended jobs again, with the full number of attempts."""
 
     def one(queue: JobQueue, job_id: str) -> str:
         if not queue.outbox.redeliver(job_id):
-            raise _Refused("there is no webhook to send")
-        return "due now"
+            raise _Refused("it has no webhook to send")
+        return "webhook queued"
 
     _each(job_ids, one)
 
 
 @app.command()
 def purge(
-    older_than_days: Annotated[float, typer.Option(min=0, help="Jobs that ended so long ago.")],
+    older_than_days: Annotated[
+        float, typer.Option(min=0, help="Remove jobs that ended more than this many days ago.")
+    ],
 ) -> None:
-    """Remove ended jobs with their pictures now, as gateways do after retention_days."""
+    """Remove ended jobs and their outputs now. Gateways do the same after retention_days."""
     store = open_store(Settings().outputs)
     with _queue() as queue:
         gone = sum(remove_old(queue, store, older_than_days * DAY_S))
@@ -106,12 +108,12 @@ def purge(
 
 
 class _Refused(Exception):
-    """A job is not what a command needs."""
+    """The command cannot act on this job."""
 
 
 @contextmanager
 def _queue() -> Iterator[JobQueue]:
-    """Open the job table; what is wrong with it, or with a job, ends the command in one line and status 1."""
+    """Open the job table; an error prints one line and exits with status 1."""
     try:
         queue = JobQueue(jobs_url(Settings().jobs))
         try:
@@ -124,7 +126,7 @@ def _queue() -> Iterator[JobQueue]:
 
 
 def _each(job_ids: list[str], act: Callable[[JobQueue, str], str]) -> None:
-    """Act on each job and say what became of it; status 1 if one was refused."""
+    """Act on each job and print the result; exit with status 1 if one was refused."""
     refused = False
     with _queue() as queue:
         for job_id in job_ids:
@@ -136,10 +138,10 @@ def _each(job_ids: list[str], act: Callable[[JobQueue, str], str]) -> None:
     raise typer.Exit(1 if refused else 0)
 
 
-def _known(queue: JobQueue, job_id: str) -> Job:
+def _get(queue: JobQueue, job_id: str) -> Job:
     job = queue.get(job_id)
     if job is None:
-        raise _Refused("there is no such job")
+        raise _Refused("no such job")
     return job
 
 

@@ -1,4 +1,4 @@
-"""The command line `lora-serve`. Heavy imports wait until the command that needs them runs."""
+"""The command line `lora-serve`. Heavy modules are imported only by the commands that need them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ for command in (requests.submit, requests.get, requests.cancel):
 
 
 class FileFormat(StrEnum):
-    """What `render` writes: raw pixels and sound, or an encoded picture or video."""
+    """Output formats of `render`: `npy` is raw pixels and sound, the others are encoded."""
 
     NPY = "npy"
     PNG = "png"
@@ -45,17 +45,17 @@ def config(
     chosen = [name.strip() for name in models.split(",") if name.strip()] or list(CATALOG)
     unknown = [name for name in chosen if name not in CATALOG]
     if unknown:
-        raise typer.BadParameter(f"no such model: {', '.join(unknown)}; there are {', '.join(CATALOG)}")
+        raise typer.BadParameter(f"no such model: {', '.join(unknown)}; choose from {', '.join(CATALOG)}")
     typer.echo(render_config(chosen), nl=False)
 
 
 @app.command()
 def models(
     gpu: Annotated[float | None, typer.Option(min=1, help="Memory of one GPU in GiB.")] = None,
-    url: Annotated[str | None, typer.Option(help="Ask this server what it renders.")] = None,
+    url: Annotated[str | None, typer.Option(help="List the models of this server.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --url: one JSON object per line.")] = False,
 ) -> None:
-    """List the model ids with their memory, and which OFFLOAD_MODE each needs on a GPU."""
+    """List the models, the GPU memory that each OFFLOAD_MODE needs, and the fastest mode that fits a GPU."""
     if url is None and not as_json:
         from serve_app.cli.models_table import models_table
 
@@ -63,27 +63,35 @@ def models(
     elif url is not None and gpu is None:
         requests.models(url, as_json)
     else:
-        raise typer.BadParameter("--json goes with --url, and --gpu without it")
+        raise typer.BadParameter("--json needs --url; --gpu cannot be used with --url")
 
 
 @app.command()
 def render(
-    requests: Annotated[list[Path], typer.Argument(help="Bodies of POST /v1/inference, one per file.")],
-    out: Annotated[Path, typer.Option(help="Directory of the results, one folder per request.")],
-    checkpoints: Annotated[Path | None, typer.Option(help="Directory of org--name checkpoints.")] = None,
-    loras: Annotated[Path | None, typer.Option(help="LoRA root that paths in requests start from.")] = None,
-    file_format: Annotated[FileFormat, typer.Option("--format", help="What to write.")] = FileFormat.NPY,
-    device: Annotated[str | None, typer.Option(help="auto, cuda or cpu.")] = None,
+    requests: Annotated[
+        list[Path], typer.Argument(help="JSON files with one body of POST /v1/inference each.")
+    ],
+    out: Annotated[Path, typer.Option(help="Directory for the results, one folder per request.")],
+    checkpoints: Annotated[
+        Path | None, typer.Option(help="Directory with the checkpoints, each in a folder org--name.")
+    ] = None,
+    loras: Annotated[
+        Path | None, typer.Option(help="Directory that LoRA paths in requests are relative to.")
+    ] = None,
+    file_format: Annotated[FileFormat, typer.Option("--format", help="Output format.")] = FileFormat.NPY,
+    device: Annotated[str | None, typer.Option(help="Device: auto, cuda or cpu.")] = None,
 ) -> None:
-    """Render requests in this process, without Ray, and keep what produced every picture."""
+    """Render requests in this process, without Ray. Write the outputs and a manifest of each request."""
     names = [path.stem for path in requests]
     if len(set(names)) != len(names):
-        raise typer.BadParameter("two requests have the same file name; their results would mix")
+        raise typer.BadParameter(
+            "two requests have the same file name, so their results would overwrite each other"
+        )
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     from serve_app.cli.render import render_files
 
     given = {"checkpoints": checkpoints, "loras": loras, "device": device}
-    # Flags win over the environment, which wins over defaults.
+    # Precedence: options, then environment variables, then defaults.
     settings = RenderArgs().model_copy(
         update={key: value for key, value in given.items() if value is not None}
     )
@@ -94,7 +102,7 @@ def render(
 def inspect(
     lora: Annotated[str, typer.Argument(help="A .safetensors file, or a URL, hf:// or s3:// reference.")],
 ) -> None:
-    """Print as JSON what a LoRA is and which models it fits, from its header alone."""
+    """Print a LoRA's format, ranks and fitting models as JSON. Reads only the header of the file."""
     from cluster.failures import JobFailure
     from deployments.loras.format.inspection import inspect_file
     from serve_app.admission.inspection import Inspector
@@ -122,15 +130,17 @@ def demo(
     lora: Annotated[Path | None, typer.Option(help="A .safetensors file, with --model.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What to draw, with --model.")] = None,
     image: Annotated[Path | None, typer.Option(help="Control image, for models that edit.")] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Go on serving until Ctrl-C.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep serving until Ctrl-C.")] = False,
     port: Annotated[int, typer.Option(help="HTTP port on 127.0.0.1.")] = 8000,
-    folder: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("var/demo"),
+    folder: Annotated[Path, typer.Option(help="Directory for checkpoints, LoRAs, jobs and pictures.")] = Path(
+        "var/demo"
+    ),
 ) -> None:
     """Start Ray Serve, render real requests over HTTP, save the pictures, and print where they are."""
     from serve_app.cli.demo import run_demo
 
     if model is not None and model not in CATALOG:
-        raise typer.BadParameter(f"no such model: {model}; there are {', '.join(CATALOG)}")
+        raise typer.BadParameter(f"no such model: {model}; choose from {', '.join(CATALOG)}")
     if model is not None and (lora is None or prompt is None):
         raise typer.BadParameter("--model needs --lora and --prompt")
     raise typer.Exit(

@@ -1,4 +1,4 @@
-"""The table of `lora-serve models`: what each model needs, and how it fits on a GPU."""
+"""The table of `lora-serve models`: the GPU memory that each model needs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _MODES = ("none", "text", "model", "group")
 
 
 def models_table(gpu_gib: float | None) -> str:
-    """Return a line per model id: GiB of GPU memory with each `OFFLOAD_MODE`, and the fastest that fits."""
+    """Return one line per model: GiB of GPU memory in each `OFFLOAD_MODE`, and the fastest mode that fits."""
     head = f"{'model':<28}" + "".join(f"{mode:>8}" for mode in _MODES)
     lines = [head if gpu_gib is None else f"{head}  on {gpu_gib:g} GiB"]
     for spec in CATALOG.values():

@@ -1,4 +1,4 @@
-"""`lora-serve render`: requests from files through the whole numeric path, without Ray or a server."""
+"""`lora-serve render`: render requests from files with the worker's code, without Ray or a server."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ FileFormat: TypeAlias = OutputFormat | Literal["npy"]
 
 
 def render_files(files: Sequence[Path], settings: RenderArgs, out: Path, file_format: FileFormat) -> int:
-    """Render the requests in order in this process, one warm engine per model; return the exit status.
+    """Render the requests in order in this process, with one engine per model; return the exit status.
 
-    Request `A.json` (a body of `POST /v1/inference`) becomes `out/A/0.npy` per prompt, uint8 H x W x 3, for a
-    video F x H x W x 3 with its sound in `0.audio.npy`, float32 [channels, samples] in [-1, 1], or pictures
-    and videos with another `file_format` (png, jpeg, webp, mp4), and `out/A/manifest.json`. A request that
-    fails has its reason there under `error` and `error_code`, and on standard error; the others are rendered.
+    For request `A.json` (a body of `POST /v1/inference`) this writes `out/A/manifest.json` and one file per
+    prompt. With `npy` that is `out/A/0.npy`: uint8 H x W x 3, or F x H x W x 3 for a video, whose sound is in
+    `0.audio.npy`: float32 [channels, samples] in [-1, 1]. With png, jpeg, webp or mp4 it is a picture or
+    video. If a request fails, its manifest has `error` and `error_code`, the error is printed on stderr, and
+    the other requests are still rendered.
     """
     engines: dict[str, Engine] = {}
     failed = 0
@@ -58,7 +59,7 @@ def render_files(files: Sequence[Path], settings: RenderArgs, out: Path, file_fo
 
 
 def open_sources(settings: RenderSettings, store: ObjectStore) -> tuple[Loras, Controls]:
-    """Return what opens the LoRAs and control images of requests, as a worker has it."""
+    """Return the LoRA and control image sources that a worker uses."""
     fetcher = Fetcher(parse_hosts(settings.fetch_hosts))
     return Loras.of(settings, fetcher), Controls(store, fetcher, settings.max_image_pixels)
 
@@ -111,7 +112,7 @@ def _engine(model: str, settings: RenderArgs, engines: dict[str, Engine]) -> Eng
 
 
 def _write(item: Rendered, folder: Path, file_format: FileFormat) -> dict[str, Any]:
-    """Write what a prompt made; pixels and sound go to disk before any encoding where `npy` is asked for."""
+    """Write the output of a prompt and return its manifest. `npy` stores pixels and sound before encoding."""
     if file_format == "npy":
         name = f"{item.index}.npy"
         np.save(folder / name, item.media.pixels)

@@ -1,4 +1,4 @@
-"""Jobs of a server in the terminal: a line or a JSON object of each on stdout, the way there on stderr."""
+"""Jobs of a server in the terminal: one line or JSON object per job on stdout, live progress on stderr."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from serve_app.client.core import OnStatus
 from serve_app.client.sending import PATIENCE_S
 
 KEY_VARIABLE = "LORA_SERVE_API_KEY"
-"""Not an option: command lines are seen by every user of a machine."""
+"""There is no option for the key, because all users of a machine can see command lines."""
 
 FIRST_PATIENCE_S = 30.0
-"""How long a server that cannot be reached is tried, before anything was watched."""
+"""How long commands retry an unreachable server, in seconds; while they watch, it is `PATIENCE_S`."""
 
 FAILED, UNREACHABLE = 1, 3
-"""Exit codes: a request was refused or did not succeed; the service cannot be reached. 2 is wrong usage."""
+"""Exit codes: a request was refused or did not succeed; the server cannot be reached. 2 is wrong usage."""
 
 NO_ANSWER = ("UNREACHABLE", "CONNECTION_LOST")
 
-Told = dict[str, Any]
-"""What is known of a request: fields of the wire, `file` and `saved` of this side, or `refused`."""
+Row = dict[str, Any]
+"""One request: the server's fields, and `file`, `saved`, `note` or `refused` added here."""
 
 
 class Board:
-    """A live line per job on stderr, until the block ends."""
+    """Shows a live line per job on stderr until the block ends."""
 
     def __init__(self) -> None:
         console, note = Console(stderr=True), Column(min_width=20, no_wrap=True)
@@ -54,7 +54,7 @@ class Board:
         self._lines.stop()
 
     def watch(self, name: str) -> OnStatus:
-        """Add a line; return what moves it."""
+        """Add a line; return the function that updates it."""
         line = self._lines.add_task(name, total=1, note="")
 
         def show(status: Status) -> None:
@@ -71,7 +71,7 @@ class Board:
 
 
 def note_of(status: Status) -> str:
-    """Return a few words on how a job is doing."""
+    """Return a few words about the state of a job."""
     done = status.progress
     if status.status is JobState.FAILED:
         return f"{status.error_code or 'failed'}: {status.error}"
@@ -83,41 +83,41 @@ def note_of(status: Status) -> str:
     return f"{phase}, prompt {done.prompt + 1} of {done.prompts}" if done.prompts > 1 else phase
 
 
-async def submit(url: str, bodies: Mapping[str, Told], *, watch: bool) -> AsyncIterator[Told]:
-    """Submit bodies by the names of their files, in order; tell of each, at its end if it is watched."""
-    submitted: list[Told] = []
+async def submit(url: str, bodies: Mapping[str, Row], *, watch: bool) -> AsyncIterator[Row]:
+    """Submit request bodies, keyed by file name; yield a row for each, with `watch` after it has ended."""
+    submitted: list[Row] = []
     async with _connect(url, FIRST_PATIENCE_S) as client:
         for file, body in bodies.items():
-            told = {"file": file} | await _tried(_submitted(client, body))
-            submitted.append(told)
+            row = {"file": file} | await _or_refusal(_submit(client, body))
+            submitted.append(row)
             if not watch:
-                yield told
+                yield row
     if watch:
-        async for told in _followed(url, submitted, None):
-            yield told
+        async for row in _watch(url, submitted, None):
+            yield row
 
 
-async def get(url: str, ids: Iterable[str], *, watch: bool, out: Path | None) -> AsyncIterator[Told]:
-    """Tell of requests, at their ends if they are watched; save what was made into `out`."""
-    asked: list[Told] = [{"request_id": request_id} for request_id in ids]
+async def get(url: str, ids: Iterable[str], *, watch: bool, out: Path | None) -> AsyncIterator[Row]:
+    """Yield a row for each request, with `watch` after it has ended; save its outputs into `out`."""
+    requests: list[Row] = [{"request_id": request_id} for request_id in ids]
     if watch:
-        async for told in _followed(url, asked, out):
-            yield told
+        async for row in _watch(url, requests, out):
+            yield row
         return
     async with _connect(url, FIRST_PATIENCE_S) as client:
-        for told in asked:
-            yield told | await _tried(_read(client, told["request_id"], out))
+        for row in requests:
+            yield row | await _or_refusal(_read(client, row["request_id"], out))
 
 
-async def cancel(url: str, ids: Iterable[str]) -> AsyncIterator[Told]:
-    """Cancel requests; tell of each."""
+async def cancel(url: str, ids: Iterable[str]) -> AsyncIterator[Row]:
+    """Cancel requests; yield a row for each."""
     async with _connect(url, FIRST_PATIENCE_S) as client:
         for request_id in ids:
-            yield {"request_id": request_id} | await _tried(_canceled(client, request_id))
+            yield {"request_id": request_id} | await _or_refusal(_cancel(client, request_id))
 
 
-async def models(url: str) -> AsyncIterator[Told]:
-    """Tell of the models that a server renders."""
+async def models(url: str) -> AsyncIterator[Row]:
+    """Yield a row for each model of a server."""
     async with _connect(url, FIRST_PATIENCE_S) as client:
         try:
             for model in await client.models():
@@ -126,23 +126,23 @@ async def models(url: str) -> AsyncIterator[Told]:
             yield _refusal(error)
 
 
-def tell(found: AsyncIterator[Told], *, as_json: bool, bad: Container[str] = ()) -> int:
-    """Print what is found as it comes, refusals on stderr unless as JSON; return the exit code.
+def print_rows(rows: AsyncIterator[Row], *, as_json: bool, failing: Container[str] = ()) -> int:
+    """Print rows as they arrive; return the exit code. Without `as_json`, refusals go to stderr.
 
-    `bad` are the states of jobs that count as failed.
+    `failing` are the job states that make the exit code `FAILED`.
     """
 
     async def run() -> int:
         worst = 0
-        async for told in found:
-            refused = told.get("refused")
+        async for row in rows:
+            refused = row.get("refused")
             if as_json:
-                print(json.dumps(told, ensure_ascii=False), flush=True)
+                print(json.dumps(row, ensure_ascii=False), flush=True)
             else:
-                print(_line(told), file=sys.stderr if refused else sys.stdout, flush=True)
+                print(_line(row), file=sys.stderr if refused else sys.stdout, flush=True)
             if refused:
                 worst = max(worst, UNREACHABLE if refused["code"] in NO_ANSWER else FAILED)
-            elif told.get("status", "") in bad:
+            elif row.get("status", "") in failing:
                 worst = max(worst, FAILED)
         return worst
 
@@ -153,63 +153,63 @@ def _connect(url: str, patience_s: float) -> AsyncLoraServe:
     return AsyncLoraServe(url, os.environ.get(KEY_VARIABLE) or None, patience_s=patience_s)
 
 
-async def _tried(known: Awaitable[Told]) -> Told:
+async def _or_refusal(row: Awaitable[Row]) -> Row:
     try:
-        return await known
+        return await row
     except LoraServeError as error:
         return _refusal(error)
 
 
-def _refusal(error: LoraServeError) -> Told:
+def _refusal(error: LoraServeError) -> Row:
     return {"refused": {"code": error.code, "message": error.message, "details": error.details}}
 
 
-async def _submitted(client: AsyncLoraServe, body: Told) -> Told:
+async def _submit(client: AsyncLoraServe, body: Row) -> Row:
     submitted = await client.submit(body)
     return submitted.model_dump(mode="json")
 
 
-async def _canceled(client: AsyncLoraServe, request_id: str) -> Told:
+async def _cancel(client: AsyncLoraServe, request_id: str) -> Row:
     status = await client.cancel(request_id)
     return status.model_dump(mode="json")
 
 
-async def _read(client: AsyncLoraServe, request_id: str, out: Path | None) -> Told:
+async def _read(client: AsyncLoraServe, request_id: str, out: Path | None) -> Row:
     status = await client.status(request_id)
-    told = status.model_dump(mode="json") | {"note": note_of(status)}
+    row = status.model_dump(mode="json") | {"note": note_of(status)}
     if status.status is not JobState.SUCCEEDED:
-        return told
+        return row
     result = await client.result(request_id)
     if out is not None:
-        told["saved"] = [str(await client.download(file, out / name)) for name, file in result.named()]
-    return result.model_dump(mode="json") | told
+        row["saved"] = [str(await client.download(file, out / name)) for name, file in result.named()]
+    return result.model_dump(mode="json") | row
 
 
-async def _followed(url: str, asked: Iterable[Told], out: Path | None) -> AsyncIterator[Told]:
-    async def end_of(told: Told) -> Told:
-        request_id = told["request_id"]
-        name = f"{request_id}  {Path(told['file']).name}" if "file" in told else request_id
+async def _watch(url: str, requests: Iterable[Row], out: Path | None) -> AsyncIterator[Row]:
+    async def wait_and_read(row: Row) -> Row:
+        request_id = row["request_id"]
+        name = f"{request_id}  {Path(row['file']).name}" if "file" in row else request_id
         await client.wait(request_id, on_status=board.watch(name))
         return await _read(client, request_id, out)
 
-    async def follow(told: Told) -> Told:
-        return told if "refused" in told else told | await _tried(end_of(told))
+    async def watch(row: Row) -> Row:
+        return row if "refused" in row else row | await _or_refusal(wait_and_read(row))
 
     async with _connect(url, PATIENCE_S) as client:
         with Board() as board:
-            ended = await asyncio.gather(*map(follow, asked))
-    for told in ended:
-        yield told
+            ended = await asyncio.gather(*map(watch, requests))
+    for row in ended:
+        yield row
 
 
-def _line(told: Told) -> str:
-    """Return a line for people: a model, a refusal, or a request with what it made."""
-    if "refused" in told:
-        name = told.get("file") or told.get("request_id") or "the server"
-        return f"{name}: {told['refused']['code']}: {told['refused']['message']}"
-    if "default_steps" in told:
-        return f"{told['id']:<28}{told['default_steps']:>4} steps  {told['base_model']}"
-    files = [*told["outputs"]["images"], *told["outputs"]["videos"]] if told.get("outputs") else []
-    urls = told.get("saved") or [file["url"] or file["file_path"] for file in files]
-    file = [told["file"]] if "file" in told else []
-    return "  ".join([told["request_id"], told.get("note") or told.get("status") or "queued", *file, *urls])
+def _line(row: Row) -> str:
+    """Return the text of a row: a model, a refusal, or a request with its outputs."""
+    if "refused" in row:
+        name = row.get("file") or row.get("request_id") or "the server"
+        return f"{name}: {row['refused']['code']}: {row['refused']['message']}"
+    if "default_steps" in row:
+        return f"{row['id']:<28}{row['default_steps']:>4} steps  {row['base_model']}"
+    files = [*row["outputs"]["images"], *row["outputs"]["videos"]] if row.get("outputs") else []
+    urls = row.get("saved") or [file["url"] or file["file_path"] for file in files]
+    file = [row["file"]] if "file" in row else []
+    return "  ".join([row["request_id"], row.get("note") or row.get("status") or "queued", *file, *urls])

@@ -1,7 +1,7 @@
-"""The service from Python: `LoraServe`, which blocks, and `AsyncLoraServe`, which does not.
+"""Python clients of the service: `LoraServe` blocks, `AsyncLoraServe` is for asyncio.
 
-Both carry out the operations of `serve_app.client.core`; importing them loads neither torch nor Ray. What
-goes wrong is a `LoraServeError`: `Refused` if the service refuses, `Unreachable` if no answer comes.
+Both run the operations of `serve_app.client.core`. Importing them loads neither torch nor Ray. Errors are
+`LoraServeError`: `Refused` if the service refuses a request, `Unreachable` if no answer comes.
 """
 
 from __future__ import annotations
@@ -52,12 +52,11 @@ T = TypeVar("T")
 
 
 class LoraServe:
-    """A client that blocks; threads may share it.
+    """A blocking client; threads may share it.
 
-    `api_key` goes to `base_url` only. Trouble that may pass (no connection, a restart of the gateway, 429,
-    503) is met with further attempts for `patience_s` seconds. `mounts` are those of `httpx.Client`: other
-    ways to some URLs than HTTP, for all but `map`. Raises `ValueError` for an address or a key that cannot be
-    one.
+    `api_key` is sent to `base_url` only. Transient failures (no connection, a restart of the gateway, 429,
+    503) are retried for `patience_s` seconds. `mounts` are those of `httpx.Client`: custom transports for
+    some URLs; `map` does not use them. Raises `ValueError` for an invalid address or key.
     """
 
     def __init__(
@@ -82,42 +81,43 @@ class LoraServe:
         self._http.close()
 
     def submit(self, request: Request, *, idempotency_key: str | None = None) -> Submitted:
-        """Store a request and return at once; it becomes one job, however often it had to be sent.
+        """Store a request and return at once. Retries never make a second job.
 
-        Without `idempotency_key` each call makes a job of its own. A server that knows no such keys (the
-        reference) is not asked twice when the connection was lost: that raises `CONNECTION_LOST`.
+        Without `idempotency_key` each call makes a new job. The reference server does not support idempotency
+        keys: after a lost connection or a 503 the request is not repeated, but the error is raised.
         """
         return self._run(self._core.submit(request, idempotency_key))
 
     def status(self, request_id: str) -> Status:
-        """Return how a job is doing now."""
+        """Return the current status of a job."""
         return self._run(self._core.status(request_id))
 
     def wait(
         self, request_id: str, *, timeout_s: float | None = None, on_status: OnStatus | None = None
     ) -> Status:
-        """Return the last status of a job once it has ended, well or not.
+        """Wait until a job has ended, whether it succeeded or not, and return its last status.
 
-        Raises `WaitTimeout` after `timeout_s` seconds. `on_status` is called with each status on the way,
-        about one a second.
+        Raises `WaitTimeout` after `timeout_s` seconds. Meanwhile `on_status` is called with the current
+        status about once per second.
         """
         return self._run(self._core.wait(request_id, timeout_s, on_status))
 
     def result(self, request_id: str) -> Result:
-        """Return what a job made; its `outputs` are None until it succeeded."""
+        """Return the result of a job; its `outputs` are None until the job has succeeded."""
         return self._run(self._core.result(request_id))
 
     def download(self, output: Output, path: Path | str) -> Path:
-        """Fetch a picture or video into the file `path`, whole or not at all; raise `DownloadFailed`.
+        """Download a picture or video to the file `path`, completely or not at all, and return `path`.
 
-        Where the result names a sha256, the file has it.
+        Raises `DownloadFailed` if there is no way to get the file, or if its sha256 is not the one in the
+        result.
         """
         return self._run(self._core.download(output, Path(path)))
 
     def cancel(self, request_id: str) -> Status:
-        """Cancel a job: at once while it is queued, within one step while it runs.
+        """Cancel a job. A queued job ends at once, a running one within one step.
 
-        Raises `Refused` if it has ended otherwise.
+        Raises `Refused` if the job has already succeeded or failed.
         """
         return self._run(self._core.cancel(request_id))
 
@@ -133,27 +133,28 @@ class LoraServe:
         timeout_s: float | None = None,
         on_status: OnStatus | None = None,
     ) -> list[Image.Image | Path]:
-        """Submit, wait, and return what was made, in the order of the prompts.
+        """Submit a request, wait for its job, and return the outputs in the order of the prompts.
 
-        Pictures are returned as such; videos are written into `folder` as `REQUEST_ID-INDEX.FORMAT` and their
-        paths are returned. Raises `JobFailed`, and `WaitTimeout` after `timeout_s` seconds.
+        Pictures are returned as Pillow images. Videos are saved as `folder/REQUEST_ID-INDEX.FORMAT`, and
+        their paths are returned. Raises `JobFailed` if the job does not succeed, and `WaitTimeout` after
+        `timeout_s` seconds.
         """
         return self._run(self._core.generate(request, Path(folder), timeout_s, on_status))
 
     def map(
         self, requests: Iterable[Request], *, concurrency: int = 8, progress: bool = True
     ) -> list[Result | LoraServeError]:
-        """Render many requests, at most `concurrency` at a time, under a progress bar.
+        """Render many requests, at most `concurrency` at a time, with a progress bar.
 
-        Returns for each request in its place what it made, or the error that it ended in.
+        Returns the result or the error of each request, in the order of `requests`.
         """
 
         async def in_loop() -> list[Result | LoraServeError]:
-            async with AsyncLoraServe.sharing(self._core) as twin:
-                return await twin.render_all(listed, concurrency, advance)
+            async with AsyncLoraServe.sharing(self._core) as client:
+                return await client.render_all(listed, concurrency, advance)
 
         listed = list(requests)
-        # The loop has a thread of its own: a notebook's already runs one in this.
+        # The event loop needs its own thread: in a notebook, this one already runs a loop.
         with progress_bar(len(listed), shown=progress) as advance, start_blocking_portal() as portal:
             return portal.call(in_loop)
 
@@ -167,10 +168,10 @@ class LoraServe:
         key: str | None = None,
         wait_s: float = 0.0,
     ) -> Any:  # noqa: ANN401 - any JSON
-        """Return the JSON that another route answers with, with the same retries and errors.
+        """Call any other route and return its JSON, with the same retries and errors.
 
-        `key` is the `Idempotency-Key`: without one, a POST is not sent again if the server may have acted on
-        it. `wait_s` is how long the server was asked to wait, in seconds.
+        `key` is the `Idempotency-Key`. Without it, a POST is not repeated if the server may have acted on it.
+        `wait_s` is how many seconds the server is asked to wait; the read timeout grows by it.
         """
         return self._run(self._core.send(method, path, body=body, query=query, key=key, wait_s=wait_s))
 

@@ -1,4 +1,4 @@
-"""What the client makes of the service's answers, typed; what only our server says may be absent.
+"""Typed answers of the service. Fields that the reference server does not send are optional.
 
 Fields that a newer server adds are kept, and are part of `model_dump()`.
 """
@@ -13,19 +13,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from cluster.jobs.model import JobState
 
 
-def _one_zone(value: object) -> object:
-    """Take one zone from the reference server's times: they end in `+00:00Z`."""
+def _drop_second_zone(value: object) -> object:
+    """Remove the `Z` from times of the reference server, which end in `+00:00Z`."""
     return value.removesuffix("Z") if isinstance(value, str) and value.endswith("+00:00Z") else value
 
 
-Time = Annotated[datetime, BeforeValidator(_one_zone)]
+Time = Annotated[datetime, BeforeValidator(_drop_second_zone)]
 
 NamePart = Annotated[str, Field(pattern=r"^[\w-]+$")]
-"""What may become part of a file's name here: no server chooses a directory."""
+"""A text that becomes part of a local file name. It has no slashes, so a server cannot choose the folder."""
 
 
 class Answer(BaseModel):
-    """What every answer has in common."""
+    """Base of all answers."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -39,7 +39,7 @@ class Submitted(Answer):
 
 
 class Progress(Answer):
-    """How far a running job is; prompt and step count from 0, `steps` is of this prompt."""
+    """Progress of a running job. `prompt` and `step` count from 0; `steps` is the total of this prompt."""
 
     prompt: int
     prompts: int
@@ -49,7 +49,7 @@ class Progress(Answer):
 
 
 class Status(Answer):
-    """How a job is doing; from `error_code` on, fields of our server."""
+    """Status of a job. The reference server does not send `error_code` and the fields after it."""
 
     request_id: str
     status: JobState
@@ -65,14 +65,15 @@ class Status(Answer):
 
     @property
     def ended(self) -> bool:
-        """Whether the job never changes again."""
+        """True if the job has ended and cannot change again."""
         return self.status.terminal
 
 
 class Output(Answer):
-    """One picture or video: sides in pixels; `num_frames` and `fps` are of videos.
+    """One picture or video; `width` and `height` are in pixels. Only videos have `num_frames` and `fps`.
 
-    From `url` on, fields of our server; `file_path` is a path on the server's disk, or `s3://bucket/key`.
+    `file_path` is a path on the server's disk, or `s3://bucket/key`. The reference server does not send `url`
+    and the fields after it.
     """
 
     format: NamePart
@@ -89,19 +90,19 @@ class Output(Answer):
 
 
 class Outputs(Answer):
-    """What a job made, in the order of its prompts."""
+    """Outputs of a job, in the order of its prompts."""
 
     images: tuple[Output, ...]
     videos: tuple[Output, ...]
 
     @property
     def files(self) -> tuple[Output, ...]:
-        """Pictures and videos; a job has one kind of them."""
+        """All outputs. A job makes either pictures or videos, never both."""
         return self.images + self.videos
 
 
 class Metadata(Answer):
-    """How a job ran; seconds, null until it succeeded."""
+    """How a job ran. Times are in seconds, and None until the job has succeeded."""
 
     model: str | None = None
     inference_time: float | None = None
@@ -110,7 +111,7 @@ class Metadata(Answer):
 
 
 class Result(Answer):
-    """What a job made; `outputs` is null until it succeeded."""
+    """Result of a job; `outputs` is None until the job has succeeded."""
 
     request_id: NamePart
     status: JobState
@@ -121,20 +122,20 @@ class Result(Answer):
     metadata: Metadata = Metadata()
 
     def named(self) -> list[tuple[str, Output]]:
-        """Return each file with a name that no other has: `REQUEST_ID-INDEX.FORMAT`."""
+        """Return each output with a unique file name, `REQUEST_ID-INDEX.FORMAT`."""
         files = self.outputs.files if self.outputs else ()
         return [(f"{self.request_id}-{index}.{file.format}", file) for index, file in enumerate(files)]
 
 
 class ControlImages(Answer):
-    """How many control images a prompt takes."""
+    """Minimum and maximum number of control images per prompt."""
 
     least: int
     most: int
 
 
 class Model(Answer):
-    """A model that the service renders; from `title` on, fields of our server."""
+    """A model of the service. The reference server does not send `title` and the fields after it."""
 
     id: str
     base_model: str

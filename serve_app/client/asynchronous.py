@@ -1,4 +1,4 @@
-"""The client that does not block; see `serve_app.client`."""
+"""The asyncio client; see `serve_app.client`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class AsyncLoraServe:
-    """A client for one asyncio event loop; its methods do as those of `LoraServe`."""
+    """A client for one asyncio event loop, with the methods of `LoraServe`."""
 
     def __init__(self, base_url: str, api_key: str | None = None, *, patience_s: float = PATIENCE_S) -> None:
         self._core = Core(base_url, api_key, patience_s)
@@ -30,7 +30,7 @@ class AsyncLoraServe:
 
     @classmethod
     def sharing(cls, core: Core) -> Self:
-        """Return a twin with the address, key and patience of another client."""
+        """Return a client with the address, key and patience of another one."""
         client = cls.__new__(cls)
         client._core, client._http = core, httpx.AsyncClient(limits=LIMITS)
         return client
@@ -46,33 +46,33 @@ class AsyncLoraServe:
         await self._http.aclose()
 
     async def submit(self, request: Request, *, idempotency_key: str | None = None) -> Submitted:
-        """As `LoraServe.submit`."""
+        """Like `LoraServe.submit`."""
         return await self._run(self._core.submit(request, idempotency_key))
 
     async def status(self, request_id: str) -> Status:
-        """As `LoraServe.status`."""
+        """Like `LoraServe.status`."""
         return await self._run(self._core.status(request_id))
 
     async def wait(
         self, request_id: str, *, timeout_s: float | None = None, on_status: OnStatus | None = None
     ) -> Status:
-        """As `LoraServe.wait`."""
+        """Like `LoraServe.wait`."""
         return await self._run(self._core.wait(request_id, timeout_s, on_status))
 
     async def result(self, request_id: str) -> Result:
-        """As `LoraServe.result`."""
+        """Like `LoraServe.result`."""
         return await self._run(self._core.result(request_id))
 
     async def download(self, output: Output, path: Path | str) -> Path:
-        """As `LoraServe.download`."""
+        """Like `LoraServe.download`."""
         return await self._run(self._core.download(output, Path(path)))
 
     async def cancel(self, request_id: str) -> Status:
-        """As `LoraServe.cancel`."""
+        """Like `LoraServe.cancel`."""
         return await self._run(self._core.cancel(request_id))
 
     async def models(self) -> list[Model]:
-        """As `LoraServe.models`."""
+        """Like `LoraServe.models`."""
         return await self._run(self._core.models())
 
     async def generate(
@@ -83,13 +83,13 @@ class AsyncLoraServe:
         timeout_s: float | None = None,
         on_status: OnStatus | None = None,
     ) -> list[Image.Image | Path]:
-        """As `LoraServe.generate`."""
+        """Like `LoraServe.generate`."""
         return await self._run(self._core.generate(request, Path(folder), timeout_s, on_status))
 
     async def map(
         self, requests: Iterable[Request], *, concurrency: int = 8, progress: bool = True
     ) -> list[Result | LoraServeError]:
-        """As `LoraServe.map`."""
+        """Like `LoraServe.map`."""
         listed = list(requests)
         with progress_bar(len(listed), shown=progress) as advance:
             return await self.render_all(listed, concurrency, advance)
@@ -104,13 +104,13 @@ class AsyncLoraServe:
         key: str | None = None,
         wait_s: float = 0.0,
     ) -> Any:  # noqa: ANN401 - any JSON
-        """As `LoraServe.send`."""
+        """Like `LoraServe.send`."""
         return await self._run(self._core.send(method, path, body=body, query=query, key=key, wait_s=wait_s))
 
     async def render_all(
         self, requests: Sequence[Request], concurrency: int, advance: Callable[[], object]
     ) -> list[Result | LoraServeError]:
-        """Render as `map` does; `advance` is called as each request ends."""
+        """Render like `map`; call `advance` whenever a request ends."""
         if concurrency < 1:
             raise ValueError("concurrency must be at least 1")
         found: dict[int, Result | LoraServeError] = {}
@@ -158,7 +158,7 @@ class AsyncLoraServe:
 
 @contextmanager
 def progress_bar(total: int, *, shown: bool) -> Iterator[Callable[[], object]]:
-    """Show a progress bar until the block ends; yield what moves it by one."""
+    """Show a progress bar until the block ends; yield a function that advances it by one."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not shown) as bar:
         task = bar.add_task("requests", total=total)

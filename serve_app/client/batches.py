@@ -1,4 +1,4 @@
-"""What the client makes of the service's answers about batches."""
+"""Typed answers of the batch routes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Counts(Answer):
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Number of requests in the batch."""
         return self.ended + self.in_queue + self.in_progress
 
     @property
     def ended(self) -> int:
-        """Those that never change again."""
+        """Number of requests that have ended."""
         return self.succeeded + self.failed + self.canceled
 
 
@@ -38,7 +38,7 @@ class AskedLora(Answer):
 
 
 class AskedPrompt(Answer):
-    """A prompt of a request, its defaults resolved."""
+    """A prompt of a request, with its defaults filled in."""
 
     prompt: str
     seed: int
@@ -47,7 +47,7 @@ class AskedPrompt(Answer):
 
 
 class BatchResult(Result):
-    """A request of a batch: its result, and what it asked for."""
+    """A request of a batch, with its result."""
 
     error_code: str | None
     started_at: Time | None
@@ -57,12 +57,12 @@ class BatchResult(Result):
 
     @property
     def files(self) -> Sequence[Output | None]:
-        """What each prompt made, None where it made nothing."""
+        """The output of each prompt, None if it has none."""
         return self.outputs.files if self.outputs else [None] * len(self.prompts)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each prompt; `waited_s` and `ran_s` are seconds in the queue and on a worker."""
+        """One row per prompt. `waited_s` and `ran_s` are seconds in the queue and on a worker."""
         return [
             {
                 "request_id": self.request_id,
@@ -87,16 +87,16 @@ class BatchResult(Result):
         ]
 
     def label(self, index: int) -> tuple[str, str, str]:
-        """Return the lines below the picture of a prompt: what it shows, with which LoRA, from which seed."""
+        """Return three caption lines of a prompt's picture: prompt, LoRAs with multiplier, seed."""
         stems = " + ".join(PurePosixPath(lora.path).stem for lora in self.loras)
         prompt = self.prompts[index]
         return prompt.prompt, f"{stems or 'no LoRA'} x {self._multiplier}", f"seed {prompt.seed}"
 
     @property
     def _multiplier(self) -> float | None:
-        """The weight of all LoRAs, None where they have several."""
-        weights = {lora.network_multiplier for lora in self.loras}
-        return weights.pop() if len(weights) == 1 else None
+        """The multiplier that all LoRAs share; None without LoRAs, or if they differ."""
+        multipliers = {lora.network_multiplier for lora in self.loras}
+        return multipliers.pop() if len(multipliers) == 1 else None
 
 
 def _seconds(begin: Time | None, end: Time | None) -> float | None:

@@ -1,4 +1,4 @@
-"""What the client raises, and what it makes of a failed exchange: may it pass, did the server act on it."""
+"""Errors of the client, and which failed exchanges it retries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from serve_app.client.answers import Status
 
 
 class LoraServeError(Exception):
-    """Something went wrong: `code` for programs, `message` for people, `details` by code."""
+    """Base of all errors: `code` for programs, `message` for people, `details` depend on the code."""
 
     def __init__(self, code: str, message: str, details: Mapping[str, Any] | None = None) -> None:
         self.code = code
@@ -27,10 +27,10 @@ class LoraServeError(Exception):
 
 
 class Refused(LoraServeError):
-    """The service answered with an error; `status` is that of HTTP.
+    """The service answered with an error; `status` is the HTTP status.
 
-    `code` is the service's own, `VALIDATION_ERROR` for a 422 (`details["errors"]` is its list), else `HTTP_`
-    and the status.
+    `code` is the service's error code, `VALIDATION_ERROR` for a 422 (`details["errors"]` lists the errors),
+    or else `HTTP_` and the status.
     """
 
     def __init__(
@@ -41,11 +41,14 @@ class Refused(LoraServeError):
 
 
 class Unreachable(LoraServeError):
-    """No answer came: `UNREACHABLE` if nothing was sent, `CONNECTION_LOST` if the server may have acted."""
+    """No answer came. `UNREACHABLE`: nothing was sent. `CONNECTION_LOST`: the server may have acted."""
 
 
 class JobFailed(LoraServeError):
-    """The job did not succeed; `code` is its `error_code`, `CANCELED`, or `JOB_FAILED` where it has none."""
+    """The job did not succeed.
+
+    `code` is `CANCELED`, the job's `error_code`, or `JOB_FAILED` if it has no error code.
+    """
 
     def __init__(self, status: Status) -> None:
         canceled = status.status is JobState.CANCELED
@@ -55,61 +58,62 @@ class JobFailed(LoraServeError):
 
 
 class WaitTimeout(LoraServeError):
-    """The job has not ended in the time given; it goes on. `details` is its last status."""
+    """The job has not ended within the timeout. It continues; `details` is its last status."""
 
 
 class DownloadFailed(LoraServeError):
-    """A file is not what the result says (`SHA256_MISMATCH`), or is nowhere to be had (`NO_URL`)."""
+    """The file has another hash than the result says (`SHA256_MISMATCH`), or there is no URL (`NO_URL`)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Trouble:
-    """A failed exchange: the `error` to raise, and whether to try again first.
+class Failure:
+    """A failed exchange: the `error` to raise, and whether to retry first.
 
-    `passes`: another attempt may go well, in `after_s` seconds at the earliest. `uncertain`: the server may
-    have acted, so only what may be repeated is sent again.
+    `retryable`: another attempt may succeed, after `retry_after_s` seconds at the earliest. `may_have_acted`:
+    the server may have acted on the request, so repeat it only if that is safe.
     """
 
     error: LoraServeError
-    passes: bool = False
-    uncertain: bool = False
-    after_s: float = 0.0
+    retryable: bool = False
+    may_have_acted: bool = False
+    retry_after_s: float = 0.0
 
 
-def lost(error: httpx.RequestError, host: str) -> Trouble:
-    """Judge an exchange that ended without an answer; `host` is named to people."""
-    told = f"{type(error).__name__} {error}".strip()
+def lost(error: httpx.RequestError, host: str) -> Failure:
+    """Classify an exchange that ended without an answer; `host` is for the message."""
+    cause = f"{type(error).__name__} {error}".strip()
     unsent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
     if unsent:
-        return Trouble(Unreachable("UNREACHABLE", f"{host} cannot be reached ({told})."), passes=True)
+        return Failure(Unreachable("UNREACHABLE", f"{host} cannot be reached ({cause})."), retryable=True)
     ours = isinstance(error, httpx.LocalProtocolError | httpx.UnsupportedProtocol)
-    passes = isinstance(error, httpx.TransportError) and not ours
-    message = f"The connection to {host} was lost before the whole answer came ({told})."
-    return Trouble(Unreachable("CONNECTION_LOST", message), passes=passes, uncertain=True)
+    retryable = isinstance(error, httpx.TransportError) and not ours
+    message = f"The connection to {host} was lost before the complete answer arrived ({cause})."
+    return Failure(Unreachable("CONNECTION_LOST", message), retryable=retryable, may_have_acted=True)
 
 
-def refused(response: httpx.Response) -> Trouble:
-    """Judge an answer of 400 and above, or a redirect where none belongs; its body must have been read."""
+def refused(response: httpx.Response) -> Failure:
+    """Classify an error answer or an unexpected redirect; its body must have been read."""
     status = response.status_code
     own = _own_error(response)
     error = own or Refused(
         status, f"HTTP_{status}", f"The server answered {status} {response.reason_phrase}."
     )
     if status in (429, 503):
-        # A commit that broke off answers 503, too.
-        return Trouble(error, passes=True, uncertain=status == 503, after_s=_retry_after_s(response))
-    # A 5xx that is not the service's own is what a proxy says of a gateway that it lost.
-    gone = status >= 500 and own is None
-    return Trouble(error, passes=gone, uncertain=gone)
+        # An interrupted commit also answers 503, and may have been stored.
+        retry_after_s = _retry_after_s(response)
+        return Failure(error, retryable=True, may_have_acted=status == 503, retry_after_s=retry_after_s)
+    # A 5xx without the service's own error comes from a proxy that has lost the gateway.
+    from_proxy = status >= 500 and own is None
+    return Failure(error, retryable=from_proxy, may_have_acted=from_proxy)
 
 
 def _own_error(response: httpx.Response) -> Refused | None:
-    """Return the error in the service's forms; None for another's."""
+    """Return the error if the body has one of the service's two forms, else None."""
     try:
         detail = response.json()["detail"]
         if isinstance(detail, list):
-            told = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in detail)
-            return Refused(response.status_code, "VALIDATION_ERROR", told, {"errors": detail})
+            message = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in detail)
+            return Refused(response.status_code, "VALIDATION_ERROR", message, {"errors": detail})
         error = detail["error"]
         return Refused(response.status_code, error["code"], error["message"], error["details"])
     except (ValueError, KeyError, TypeError):
@@ -117,7 +121,7 @@ def _own_error(response: httpx.Response) -> Refused | None:
 
 
 def _retry_after_s(response: httpx.Response) -> float:
-    """Return the seconds of `Retry-After`, which names seconds or a time; 0 without a valid one."""
+    """Return `Retry-After` in seconds; its value is a number or a date. 0 if it is missing or invalid."""
     value = response.headers.get("Retry-After", "")
     if value.isdecimal():
         return float(value)

@@ -1,4 +1,4 @@
-"""Files of the client: what it saves, whole and with the right hash or not at all, and pictures to send."""
+"""Saving downloads completely or not at all, and encoding control images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from serve_app.client.errors import DownloadFailed
 
 
 class Saving:
-    """A file beside `path` that takes its name once it is whole; gone if the block ends before that."""
+    """A temporary file next to `path`. `keep` renames it to `path`; without `keep` it is deleted."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -37,38 +37,39 @@ class Saving:
         self._part.unlink(missing_ok=True)
 
     def begin(self) -> None:
-        """Forget what was written."""
+        """Discard what was written so far."""
         self._file.seek(0)
         self._file.truncate()
         self._hash = hashlib.sha256()
 
     def write(self, piece: bytes) -> None:
-        """Take the next bytes."""
+        """Append bytes."""
         self._hash.update(piece)
         self._file.write(piece)
 
     def keep(self, sha256: str | None) -> None:
-        """Give the file its name; raise `DownloadFailed` if it has not this hash."""
+        """Rename the file to its final name; raise `DownloadFailed` if its hash is not `sha256`."""
         if sha256 is not None and self._hash.hexdigest() != sha256:
             details = {"expected": sha256, "found": self._hash.hexdigest()}
-            raise DownloadFailed("SHA256_MISMATCH", "The file is not the one that the result names.", details)
+            message = "The downloaded file does not match the sha256 in the result."
+            raise DownloadFailed("SHA256_MISMATCH", message, details)
         self._file.close()
         self._part.replace(self._path)
 
 
 def copy_local(file_path: str, saving: Saving) -> None:
-    """Copy from the server's disk, where it is also this machine's: the reference gives no URL."""
+    """Copy a file from a path that the server and this machine share; the reference server has no URLs."""
     if not os.access(file_path, os.R_OK):
-        message = "The result has no URL, and its path cannot be read on this machine."
+        message = "The result has no URL, and its `file_path` cannot be read on this machine."
         raise DownloadFailed("NO_URL", message, {"file_path": file_path})
     with Path(file_path).open("rb") as file:
         shutil.copyfileobj(file, saving)
 
 
 def picture_text(value: object) -> str:
-    """Return a control image as base64: the bytes of a file, or a picture as PNG.
+    """Return a control image as base64: a file as it is, a Pillow image as PNG.
 
-    Raises `TypeError` for anything else, as the `default` of `json.dumps` does.
+    Raises `TypeError` for anything else, as `json.dumps` expects of its `default`.
     """
     if isinstance(value, Path):
         return base64.b64encode(value.read_bytes()).decode()

@@ -1,6 +1,6 @@
-"""The service without HTTP, for notebooks that reach a cluster by Ray client and for code that runs in it.
+"""A client without HTTP, for code in the cluster and for notebooks that are connected by Ray client.
 
-`connect` returns an ordinary client, whose requests go to the gateway by its deployment's handle.
+`connect` returns an ordinary client that sends its requests through the gateway's deployment handle.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ T = TypeVar("T")
 def connect(address: str | None = None, api_key: str | None = None, *, app: str = "gateway") -> LoraServe:
     """Return a client of the service in the cluster at `address`, such as `ray://head:10001`.
 
-    Inside the cluster, and where Ray is connected already, no address is needed. Ray client needs the
-    cluster's version of Ray and minor version of Python: others raise `LoraServeError` with the code
-    `VERSION_MISMATCH` and a sentence that says what to install. Raises `Unreachable` where there is no
-    cluster, or no gateway in it. Only `map` of this client goes by HTTP.
+    Inside the cluster, or if Ray is already connected, no address is needed. Ray client needs the cluster's
+    version of Ray and its minor version of Python. If they differ, this raises `LoraServeError` with code
+    `VERSION_MISMATCH`; its message says what to install. Raises `Unreachable` if there is no cluster, or no
+    gateway in it. Only `map` of this client uses HTTP.
     """
     import ray
     from ray import serve
@@ -40,20 +40,20 @@ def connect(address: str | None = None, api_key: str | None = None, *, app: str 
         _connect_ray(address)
     try:
         handle = serve.get_app_handle(app)
-        base_url: str = _outside_of_loops(lambda: handle.base_url.remote().result())
+        base_url: str = _call_in_thread(lambda: handle.base_url.remote().result())
     except (RayServeException, RayError, ConnectionError) as error:
         raise Unreachable(
-            "UNREACHABLE", f"The cluster has no application {app!r} that answers: {error}"
+            "UNREACHABLE", f"The application {app!r} does not answer in this cluster: {error}"
         ) from error
-    return LoraServe(base_url, api_key, mounts={_origin(base_url): _Handled(handle, base_url)})
+    return LoraServe(base_url, api_key, mounts={_origin(base_url): _HandleTransport(handle, base_url)})
 
 
-class _Handled(httpx.BaseTransport):
-    """Carries requests to the gateway by its deployment's handle."""
+class _HandleTransport(httpx.BaseTransport):
+    """Sends requests to the gateway through its deployment handle."""
 
     def __init__(self, handle: DeploymentHandle, base_url: str) -> None:
         self._handle = handle
-        # What a proxy in front of the gateway takes off.
+        # A proxy in front of the gateway would remove this prefix.
         self._prefix = httpx.URL(base_url).path.rstrip("/")
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
@@ -61,22 +61,22 @@ class _Handled(httpx.BaseTransport):
         from ray.serve.exceptions import RayServeException
 
         target = request.url.raw_path.decode("ascii").removeprefix(self._prefix)
-        asked = request.method, target, request.headers.raw, request.read()
+        call = request.method, target, request.headers.raw, request.read()
         timeout_s = request.extensions["timeout"]["read"]
         try:
-            status, headers, content = _outside_of_loops(
-                lambda: self._handle.exchange.remote(*asked).result(timeout_s=timeout_s)
+            status, headers, content = _call_in_thread(
+                lambda: self._handle.exchange.remote(*call).result(timeout_s=timeout_s)
             )
         except TimeoutError as error:
             raise httpx.ReadTimeout("the gateway did not answer in time", request=request) from error
         except (RayServeException, RayError, ConnectionError) as error:
-            # Its replica has died, perhaps after it had acted.
+            # The gateway's replica died, perhaps after it had acted on the request.
             raise httpx.ReadError(f"{type(error).__name__}: {error}", request=request) from error
         return httpx.Response(status, headers=headers, content=content)
 
 
-def _outside_of_loops(call: Callable[[], T]) -> T:
-    """Call on a thread of its own: a notebook runs an event loop on this one, where handles do not block."""
+def _call_in_thread(call: Callable[[], T]) -> T:
+    """Call in another thread: a notebook runs an event loop in this one, where handles cannot block."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(call).result()
 
@@ -90,7 +90,7 @@ def _connect_ray(address: str | None) -> None:
     import ray
 
     before = os.environ.get(_IGNORE)
-    # We compare ourselves, to say more than Ray does.
+    # We compare the versions ourselves, because our error says what to install.
     os.environ[_IGNORE] = "1"
     try:
         context: Any = ray.init(address)
@@ -111,20 +111,19 @@ def _connect_ray(address: str | None) -> None:
 
 
 def check_versions(ray_version: str, python_version: str) -> None:
-    """Raise `LoraServeError` unless Ray client works from here to a cluster of these versions."""
+    """Raise `LoraServeError` if this process cannot be a Ray client of a cluster with these versions."""
     import ray
 
     wanted, own = _minor(python_version), _minor(platform.python_version())
     if (ray_version, wanted) == (ray.__version__, own):
         return
-    install = f'`pip install "ray[client,serve]=={ray_version}"`'
-    if wanted != own:
-        install = f"Python {wanted}, and in it {install}"
+    pip = f'`pip install "ray[client,serve]=={ray_version}"`'
+    fix = f"Run {pip}" if wanted == own else f"Install Python {wanted} and run {pip} in it"
     raise LoraServeError(
         "VERSION_MISMATCH",
-        f"The cluster has Python {python_version} and Ray {ray_version}, here are Python"
-        f" {platform.python_version()} and Ray {ray.__version__}: install {install}, or use HTTP, which takes"
-        " any.",
+        f"The cluster has Python {python_version} and Ray {ray_version}, but this process has Python"
+        f" {platform.python_version()} and Ray {ray.__version__}. {fix}, or use HTTP, which works with any"
+        " version.",
         {"ray": ray_version, "python": python_version},
     )
 

@@ -1,7 +1,7 @@
-"""How a client sends, without sending: generators of steps that a shell carries out, and what is tried again.
+"""Sending with retries, without I/O: operations are generators of steps that a client carries out.
 
-An operation yields `Send` and `Pause`; the shell sends or sleeps in its own way, blocking or not, and answers
-with what came of it. So what is tried again, and when, is written once for both.
+An operation yields `Send` and `Pause`. The client sends or sleeps, blocking or not, and passes the reply back
+into the generator. So both clients share one implementation of the retries.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from serve_app.client.files import Saving, picture_text
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 300.0
-"""How long a trouble that may pass is met with further attempts: longer than a gateway takes to come back."""
+"""How long transient failures are retried, in seconds; longer than a gateway takes to restart."""
 
 CONNECT_S = 10.0
 
 READ_S = 60.0
-"""Longest silence of the server, beyond what it was asked to wait, in seconds."""
+"""Read timeout in seconds, in addition to the time that the server is asked to wait."""
 
 FIRST_PAUSE_S, MOST_PAUSE_S = 0.25, 10.0
 
 LIMITS = httpx.Limits(max_connections=None)
-"""Long polls hold a connection each; who wants fewer of them asks for less at a time."""
+"""No limit: each long poll holds a connection. To use fewer, lower the concurrency."""
 
 Request = Mapping[str, Any] | BaseModel
 """A body of `POST /v1/inference`: a mapping, or a `serve_app.wire.requests.InferenceRequest`.
@@ -47,9 +47,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send a request; answered with the response read whole, or the `httpx.RequestError` it ended in.
+    """Send a request. The reply is the response with its body read, or the `httpx.RequestError`.
 
-    The body of a 200 goes into `into` instead, from its beginning.
+    With `into`, the body of a 200 is written there instead, after anything written before is discarded.
     """
 
     method: str
@@ -61,14 +61,14 @@ class Send:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What httpx is told besides method and URL."""
+        """Arguments for httpx besides method and URL."""
         timeout = httpx.Timeout(CONNECT_S, read=self.read_s, write=self.read_s)
         return {"headers": self.headers, "content": self.content, "timeout": timeout}
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Do nothing for so many seconds; answered with None."""
+    """Sleep for `seconds`. The reply is None."""
 
     seconds: float
 
@@ -79,23 +79,23 @@ Operation = Generator[Step, Reply, T]
 
 
 class Sender:
-    """The address of one service, and the patience with it.
+    """Sends requests to one service, with retries for `patience_s` seconds.
 
-    Raises `ValueError` for an address or key that cannot be one.
+    Raises `ValueError` for an invalid address or key.
     """
 
     def __init__(self, base_url: str, api_key: str | None, patience_s: float) -> None:
-        if not _names_server(base_url):
-            raise ValueError("base_url must be http://HOST or https://HOST, with neither user nor query")
+        if not _is_server_url(base_url):
+            raise ValueError("base_url must be http://HOST or https://HOST, without user, query or fragment")
         if api_key is not None and not re.fullmatch("[!-~]+", api_key):
-            # Told here, since the errors of HTTP libraries would show it.
-            raise ValueError("api_key must be printable ASCII without blanks")
+            # Checked here, because an HTTP library would show the key in its error.
+            raise ValueError("api_key must be printable ASCII without spaces")
         self._base = base_url.rstrip("/")
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._patience_s = patience_s
-        # Its own, and from the system: a seed set by the program must not make clients move in step.
+        # Not seeded: clients of programs that call `random.seed` must not all retry at the same moment.
         self._random = random.SystemRandom()
-        self._keyed: bool | None = None
+        self._supports_keys: bool | None = None
 
     def send(
         self,
@@ -108,10 +108,10 @@ class Sender:
         wait_s: float = 0.0,
         within_s: float = float("inf"),
     ) -> Operation[Any]:
-        """Return the JSON of a good answer, after as many attempts as patience and `within_s` allow.
+        """Return the JSON of a successful answer; retry for `within_s`, but at most `patience_s`, seconds.
 
-        `key` is the `Idempotency-Key`: without one, a POST is not sent again if the server may have acted on
-        it. `wait_s` is how long the server was asked to wait.
+        `key` is the `Idempotency-Key`. Without it, a POST is not repeated if the server may have acted on it.
+        `wait_s` is how many seconds the server is asked to wait; the read timeout grows by it.
         """
         headers = dict(self._headers)
         content = None
@@ -121,79 +121,81 @@ class Sender:
         if key is not None:
             headers["Idempotency-Key"] = key
         step = Send(method, httpx.URL(self._base + path, params=query), headers, content, READ_S + wait_s)
-        response = yield from self._patiently(step, key, min(self._patience_s, within_s))
+        response = yield from self._send_with_retries(step, key, min(self._patience_s, within_s))
         try:
             return response.json()
         except ValueError:
-            raise not_the_service(path) from None
+            raise invalid_answer(path) from None
 
     def fetch(self, url: str, into: Saving) -> Operation[None]:
-        """Write to `into` what is behind a URL, or a path of the service."""
-        # Without the key: the URL may be that of another host, and says all that is needed.
+        """Download a URL, or a path of the service, into `into`."""
+        # Without the key: the URL may lead to another host, and needs no key.
         try:
-            there = httpx.URL(f"{self._base}/").join(url)
+            target = httpx.URL(f"{self._base}/").join(url)
         except httpx.InvalidURL:
-            raise not_the_service("url") from None
-        yield from self._patiently(Send("GET", there, {}, into=into), None, self._patience_s)
+            raise invalid_answer("url") from None
+        yield from self._send_with_retries(Send("GET", target, {}, into=into), None, self._patience_s)
 
-    def _patiently(self, send: Send, key: str | None, patience_s: float) -> Operation[httpx.Response]:
-        """Send until it goes well, fails for good, or patience ends."""
+    def _send_with_retries(self, send: Send, key: str | None, patience_s: float) -> Operation[httpx.Response]:
+        """Send until it succeeds, fails permanently, or `patience_s` seconds are over."""
         end = time.monotonic() + patience_s
         for pause_s in self._pauses():
             reply = yield send
             if isinstance(reply, httpx.Response):
                 if reply.status_code < 300:
                     return reply
-                trouble = refused(reply)
+                failure = refused(reply)
             else:
-                assert reply is not None  # noqa: S101 - a shell answers `Send` with one of two
-                trouble = lost(reply, send.url.netloc.decode())
-            if not trouble.passes:
-                raise trouble.error
-            if trouble.uncertain and send.method == "POST" and not (yield from self._knows(key)):
-                raise trouble.error
-            pause_s = max(pause_s, trouble.after_s * self._random.uniform(1.0, 1.25))
+                assert reply is not None  # noqa: S101 - only a `Pause` has the reply None
+                failure = lost(reply, send.url.netloc.decode())
+            if not failure.retryable:
+                raise failure.error
+            repeats_safely = send.method != "POST" or not failure.may_have_acted
+            if not repeats_safely and not (yield from self._is_idempotent(key)):
+                raise failure.error
+            pause_s = max(pause_s, failure.retry_after_s * self._random.uniform(1.0, 1.25))
             if time.monotonic() + pause_s > end:
-                raise trouble.error
-            logger.info("%s %s in %.1f s again: %s", send.method, send.url.path, pause_s, trouble.error)
+                raise failure.error
+            logger.info("retrying %s %s in %.1f s: %s", send.method, send.url.path, pause_s, failure.error)
             yield Pause(pause_s)
-        raise AssertionError("pauses have no end")
+        raise AssertionError("pauses never end")
 
-    def _knows(self, key: str | None) -> Operation[bool]:
-        """Tell whether the server knows such keys: its description says so."""
+    def _is_idempotent(self, key: str | None) -> Operation[bool]:
+        """Return whether there is a key and the server supports idempotency keys (see its OpenAPI)."""
         if key is None:
             return False
-        if self._keyed is None:
+        if self._supports_keys is None:
             try:
-                about = yield from self.send("GET", "/openapi.json")
+                description = yield from self.send("GET", "/openapi.json")
             except Refused:
-                about = None
-            self._keyed = '"idempotency-key"' in json.dumps(about).lower()
-        return self._keyed
+                description = None
+            self._supports_keys = '"idempotency-key"' in json.dumps(description).lower()
+        return self._supports_keys
 
     def _pauses(self) -> Iterator[float]:
-        """Yield seconds that double up to a bound, half of each left to chance."""
+        """Yield pauses in seconds: they double up to `MOST_PAUSE_S`, times a random factor of 0.5 to 1."""
         pause_s = FIRST_PAUSE_S
         while True:
             yield pause_s * self._random.uniform(0.5, 1.0)
             pause_s = min(2 * pause_s, MOST_PAUSE_S)
 
 
-def _names_server(base_url: str) -> bool:
+def _is_server_url(base_url: str) -> bool:
     try:
         url = httpx.URL(base_url)
     except httpx.InvalidURL:
         return False
-    more = url.userinfo or url.query or url.fragment
-    return url.scheme in ("http", "https") and bool(url.host) and not more
+    extras = url.userinfo or url.query or url.fragment
+    return url.scheme in ("http", "https") and bool(url.host) and not extras
 
 
 def _encode(body: Request) -> bytes:
-    """Return a body as JSON; raises `TypeError` or `ValueError` for what JSON cannot hold."""
+    """Return a body as JSON; raise `TypeError` or `ValueError` for values that JSON does not have."""
     plain = body.model_dump(mode="json", exclude_none=True) if isinstance(body, BaseModel) else dict(body)
     return json.dumps(plain, default=picture_text, allow_nan=False).encode()
 
 
-def not_the_service(what: str) -> LoraServeError:
-    """Return the error of an answer that this service does not give."""
-    return LoraServeError("ANSWER_INVALID", f"The answer is not that of this service: {what}.")
+def invalid_answer(what: str) -> LoraServeError:
+    """Return the error for an answer that this service would not send; `what` names the unexpected part."""
+    message = f"The server sent an unexpected answer ({what}). Check that base_url is the inference service."
+    return LoraServeError("ANSWER_INVALID", message)

@@ -1,1 +1,1 @@
-"""The HTTP routes, and what the routes of one gateway process share."""
+"""The HTTP routes, and the state that the routes of one gateway process share."""

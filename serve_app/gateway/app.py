@@ -1,4 +1,4 @@
-"""The HTTP routes. Everything that blocks runs in threads; the event loop only passes on."""
+"""The HTTP routes. Blocking work runs in threads, never on the event loop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from serve_app.background.job_changes import View
 from serve_app.gateway.auth import SCHEME, KeyedRoute, Tenant, open_keys
 from serve_app.gateway.batch_routes import batches
 from serve_app.gateway.body_bounds import BoundedRoute
-from serve_app.gateway.event_stream import DOCUMENTED, EventStream, check_event_id, news
+from serve_app.gateway.event_stream import DOCUMENTED, EventStream, check_event_id, events_since
 from serve_app.gateway.listing import MAX_LIMIT, read_page
 from serve_app.gateway.openai.errors import documented as documented_as_openai
 from serve_app.gateway.openai.routes import images
@@ -68,7 +68,7 @@ _MEDIA_TYPES = {f".{suffix}": media_type for suffix, media_type in FILE_TYPES.va
 async def _request_id(
     request_id: Annotated[str, Path(description="Id of the request", json_schema_extra={"format": "uuid"})],
 ) -> str:
-    """Refuse what is no id of ours before it reaches the job table: not every database takes every text."""
+    """Reject malformed ids early; PostgreSQL refuses some strings."""
     if not _ID.fullmatch(request_id):
         raise Refusal(Code.REQUEST_NOT_FOUND, request_id=request_id)
     return request_id
@@ -81,7 +81,7 @@ Wait = Annotated[
         ge=0,
         le=MAX_WAIT_S,
         allow_inf_nan=False,
-        description="Answer when the job has ended, or after these seconds.",
+        description="Seconds to wait for the job to end before answering.",
     ),
 ]
 Found = TypeVar("Found")
@@ -91,22 +91,22 @@ _OF_A_REQUEST = documented(Code.REQUEST_NOT_FOUND, Code.STORE_UNAVAILABLE)
 v1 = APIRouter(prefix="/v1", route_class=KeyedRoute)
 
 public = APIRouter(route_class=BoundedRoute)
-"""What needs no key: the path of an output cannot be guessed, like a presigned URL."""
+"""Routes that need no key. The path of an output cannot be guessed, like a presigned URL."""
 
 
 def create_app(settings: GatewayArgs) -> FastAPI:
-    """Return the ASGI application; its lifespan opens the stores and runs janitor and long polls.
+    """Return the ASGI application. Its lifespan opens the stores and runs the janitor and long polls.
 
-    Raises `ValueError` or `OSError` where the environment's keys cannot be used.
+    Raises `ValueError` or `OSError` if the keys in the environment cannot be used.
     """
     keys = open_keys()
-    can_seal()  # A bad SECRET_KEY is told now, not to the first client that needs it.
+    can_seal()  # A malformed SECRET_KEY fails here, not at the first request that needs it.
     signer = open_signer()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if keys is None:
-            logger.warning("the service is open: without API_KEYS it is for everybody who reaches its port")
+            logger.warning("the service is open to all who can reach its port; set API_KEYS to require keys")
         async with open_parts(settings, signer) as app.state.parts:
             yield
 
@@ -134,7 +134,7 @@ def create_app(settings: GatewayArgs) -> FastAPI:
 
 
 def _include(app: FastAPI, router: APIRouter, without_key: Responses) -> None:
-    """Take in a router of `KeyedRoute`s; the description names keys where the service has some."""
+    """Include a router of `KeyedRoute`s. /openapi.json mentions keys only if the service has some."""
     if app.state.keys is None:
         app.include_router(router)
     else:
@@ -148,7 +148,7 @@ async def submit_request(
     parts: Shared,
     idempotency_key: IdempotencyKey = None,
 ) -> SubmitAnswer:
-    """Store a request and answer at once; a worker renders it."""
+    """Store a request and return its id. A worker renders it later."""
     check_key(idempotency_key)
     job = await submit(body, idempotency_key, tenant, parts)
     return SubmitAnswer.of(job, parts.settings.base_url)
@@ -158,13 +158,16 @@ async def submit_request(
 async def list_requests(
     tenant: Tenant,
     parts: Shared,
-    state: Annotated[JobState | None, Query(description="Only those in this state")] = None,
+    state: Annotated[JobState | None, Query(description="Only requests in this state")] = None,
     model: Annotated[
-        str | None, Query(description="Only those of this model", json_schema_extra={"enum": list(CATALOG)})
+        str | None,
+        Query(description="Only requests of this model", json_schema_extra={"enum": list(CATALOG)}),
     ] = None,
-    batch: Annotated[str | None, Query(description="Only those of this batch", pattern=f"^{UUID}$")] = None,
-    limit: Annotated[int, Query(ge=1, le=MAX_LIMIT, description="How many at most")] = 50,
-    cursor: Annotated[str | None, Query(description="`next_cursor` of the page before")] = None,
+    batch: Annotated[
+        str | None, Query(description="Only requests of this batch", pattern=f"^{UUID}$")
+    ] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_LIMIT, description="Maximum number of requests per page")] = 50,
+    cursor: Annotated[str | None, Query(description="`next_cursor` of the previous page")] = None,
 ) -> ListAnswer:
     """List your requests, newest first."""
     return await parts.run(partial(read_page, parts.queue, tenant, state, model, batch, limit, cursor))
@@ -172,13 +175,13 @@ async def list_requests(
 
 @v1.get("/requests/{request_id}/status", responses=_OF_A_REQUEST)
 async def read_status(request_id: RequestId, tenant: Tenant, parts: Shared, wait: Wait = 0.0) -> StatusAnswer:
-    """Tell how far a request is."""
+    """Return the state and progress of a request."""
     return await parts.when_ended(partial(_status, request_id, tenant, parts), request_id, wait)
 
 
 @v1.get("/requests/{request_id}/result", responses=_OF_A_REQUEST)
 async def read_result(request_id: RequestId, tenant: Tenant, parts: Shared, wait: Wait = 0.0) -> ResultAnswer:
-    """Tell what a request made; `outputs` is null until it succeeded."""
+    """Return the outputs of a request. `outputs` is null until it has succeeded."""
     return await parts.when_ended(partial(_result, request_id, tenant, parts), request_id, wait)
 
 
@@ -191,25 +194,25 @@ async def follow_request(
     request_id: RequestId,
     tenant: Tenant,
     parts: Shared,
-    last_event_id: Annotated[str | None, Header(description="Id of the last event that was read")] = None,
+    last_event_id: Annotated[str | None, Header(description="Id of the last event that you received")] = None,
 ) -> Response:
-    """Tell what happens to a request as server-sent events: `state`, `queue` and `progress`."""
+    """Stream the changes of a request as server-sent events: `state`, `queue` and `progress`."""
     seen = check_event_id(last_event_id)
     view = await parts.run(partial(_view, request_id, tenant, parts))
-    if view.job.state.terminal and not any(news(view, seen)):
-        return Response(status_code=204)  # An EventSource would come back for ever.
+    if view.job.state.terminal and not any(events_since(view, seen)):
+        return Response(status_code=204)  # Without a 204, an EventSource would reconnect forever.
     return EventStream(parts.waiting.following, view, seen)
 
 
 @v1.delete(
     "/requests/{request_id}",
     responses=documented(Code.REQUEST_NOT_FOUND, Code.JOB_ALREADY_FINISHED, Code.STORE_UNAVAILABLE)
-    | {202: {"model": StatusAnswer, "description": "Stops within one step"}},
+    | {202: {"model": StatusAnswer, "description": "The request stops within one step"}},
 )
 async def cancel_request(
     request_id: RequestId, tenant: Tenant, parts: Shared, response: Response
 ) -> StatusAnswer:
-    """Cancel a request: at once while it is queued (200), within one step while it runs (202)."""
+    """Cancel a request. A queued one ends at once (200), a running one within one step (202)."""
     answer = await parts.run(partial(_cancel, request_id, tenant, parts))
     if answer.status is not JobState.CANCELED:
         response.status_code = 202
@@ -218,26 +221,26 @@ async def cancel_request(
 
 @v1.post("/loras/inspect", responses=documented(*INSPECTION))
 async def inspect_lora(body: InspectRequest, parts: Shared) -> Inspection:
-    """Tell what a LoRA is and which models it fits; nothing is stored."""
+    """Report what a LoRA is and which models it fits. Nothing is stored."""
     return await parts.run(partial(parts.inspector.inspect, body.path, body.hf_token), parts.inspections)
 
 
 @v1.get("/models")
 async def list_models(parts: Shared) -> ModelsAnswer:
-    """List the model ids that this service renders."""
+    """List the model ids and their defaults."""
     most = parts.settings.max_loras
     return ModelsAnswer(models=[ModelAnswer.of(row, most.get(row.id, 1)) for row in CATALOG.values()])
 
 
 @public.get("/health")
 async def check_health() -> HealthAnswer:
-    """Tell that this process answers."""
+    """Report that this process is alive."""
     return HealthAnswer()
 
 
 @public.get("/ready", responses=documented(Code.STORE_UNAVAILABLE))
 async def check_ready(parts: Shared) -> ReadyAnswer:
-    """Tell that jobs can be stored now."""
+    """Report whether jobs can be stored now; 503 if not."""
     await parts.run(parts.queue.check)
     return ReadyAnswer()
 
@@ -249,9 +252,9 @@ async def check_ready(parts: Shared) -> ReadyAnswer:
     | {200: {"description": "The file", "content": {kind: {} for kind in _MEDIA_TYPES.values()}}},
 )
 async def read_output(
-    key: Annotated[str, Path(description="What follows `/outputs/` in a URL of a result")], parts: Shared
+    key: Annotated[str, Path(description="The part after `/outputs/` in a URL of a result")], parts: Shared
 ) -> FileResponse:
-    """Send a picture or manifest from the local output directory; S3 serves its objects itself."""
+    """Send an output or manifest from the local output directory. With S3, clients fetch from S3 instead."""
     path = await parts.run(partial(parts.store.local_path, key))
     if path is None:
         raise Refusal(Code.OUTPUT_NOT_FOUND)
@@ -260,7 +263,7 @@ async def read_output(
 
 
 def _job(request_id: str, tenant: str, parts: Parts) -> Job:
-    """Return a job of `tenant`; another's is refused as if there were none."""
+    """Return a job of `tenant`. Another tenant's job is refused as if it did not exist."""
     job = parts.queue.get(request_id)
     return _known(request_id, job if job is not None and job.tenant == tenant else None)
 
@@ -290,7 +293,7 @@ def _result(request_id: str, tenant: str, parts: Parts) -> ResultAnswer:
 
 
 def _cancel(request_id: str, tenant: str, parts: Parts) -> StatusAnswer:
-    _job(request_id, tenant, parts)  # Nobody else cancels it; its owner never changes.
+    _job(request_id, tenant, parts)  # Only its tenant can cancel it; the tenant of a job never changes.
     job, was_live = _known(request_id, parts.queue.cancel(request_id))
     if not was_live:
         raise Refusal(Code.JOB_ALREADY_FINISHED, request_id=request_id, status=job.state)

@@ -1,4 +1,4 @@
-"""API keys: who may use the service, and whose job is whose."""
+"""API keys: who may use the service, and who owns a job."""
 
 from __future__ import annotations
 
@@ -22,58 +22,60 @@ from serve_app.wire.refusals import Code, Refusal
 logger = logging.getLogger(__name__)
 
 SCHEME = HTTPBearer(auto_error=False, scheme_name="API key")
-"""Tells in the OpenAPI description that a key is needed; `KeyedRoute` asks for it."""
+"""Documents in /openapi.json that a key is needed; `KeyedRoute` checks it."""
 
 _ENTRY = re.compile(r"(?:(?P<name>[A-Za-z0-9._-]{1,64}):)?(?P<key>[^\s,:]+)")
 
 
 class ApiKeys:
-    """The keys of this service, held as sha256; those in the file are read again when it changes."""
+    """The keys of this service, held as SHA-256 hashes. The file is read again when it changes."""
 
     def __init__(self, listed: str, file: Path | None) -> None:
-        """Take `listed` entries, separated by commas, and those in `file`, one per line.
+        """Read the entries of `listed`, separated by commas, and those of `file`, one per line.
 
-        An entry is `name:key`, or a key alone. Raises `ValueError` where an entry is neither or there is
-        none at all, without repeating it, and `OSError` where the file cannot be read.
+        An entry is `name:key`, or only a key. Raises `ValueError` if an entry is neither (the message does
+        not repeat it) or if there is no key, and `OSError` if the file cannot be read.
         """
         self._listed = _parse(listed.split(","), "API_KEYS")
         self._file = file
         self._stamp = None if file is None else _stamp(file)
         self._filed = {} if file is None else _read(file)
         if not self._listed and not self._filed:
-            raise ValueError("API_KEYS holds no key; unset it to open the service to everybody")
+            raise ValueError(
+                "API_KEYS and API_KEYS_FILE contain no key; unset both to open the service to all"
+            )
 
     def tenant_of(self, key: str) -> str | None:
-        """Return the owner that `key` stands for, None for an unknown key."""
+        """Return the tenant of `key`, None if the key is unknown."""
         self._refresh()
         digest = _digest(key)
-        # All are compared, in constant time, so that the time taken tells nothing about a key.
+        # Compare all keys in constant time, so that the time reveals nothing about a key.
         tenants = self._listed | self._filed
         found = [tenants[known] for known in tenants if hmac.compare_digest(known, digest)]
         return found[0] if found else None
 
     def _refresh(self) -> None:
-        """Read the file if it has changed; one that cannot be read leaves the keys as they were."""
+        """Read the file if it has changed. If it cannot be read, the previous keys stay valid."""
         if self._file is None or (stamp := _stamp(self._file)) == self._stamp:
             return
         self._stamp = stamp
         try:
             self._filed = _read(self._file)
         except (OSError, ValueError) as error:
-            logger.error("API_KEYS_FILE has changed and is of no use; the keys before stay: %s", error)
+            logger.error("API_KEYS_FILE has changed but is invalid; the previous keys stay valid: %s", error)
 
 
 def open_keys() -> ApiKeys | None:
-    """Return the keys that the environment names, None where the service is open; raises as `ApiKeys`."""
+    """Return the keys from the environment, None if the service is open. Raises as `ApiKeys` does."""
     listed, file = os.environ.get("API_KEYS", ""), os.environ.get("API_KEYS_FILE")
     return ApiKeys(listed, Path(file) if file else None) if listed or file else None
 
 
 class KeyedRoute(BoundedRoute):
-    """A route for holders of a key: without one a request is refused before anything else is read of it."""
+    """A route that needs a key. It refuses a request without one before it reads anything else."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return FastAPI's handler, called with the owner of the key in the request's state."""
+        """Return FastAPI's handler, wrapped to put the tenant of the key into the request's state."""
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
@@ -88,7 +90,7 @@ async def _tenant(request: Request) -> str:
 
 
 Tenant = Annotated[str, Depends(_tenant)]
-"""The owner of the request's key, in a `KeyedRoute`."""
+"""The tenant of the request's key, as a parameter of a `KeyedRoute`."""
 
 
 def _authenticate(request: Request) -> str:
@@ -108,7 +110,7 @@ def _read(file: Path) -> dict[bytes, str]:
 
 
 def _parse(entries: Iterable[str], source: str) -> dict[bytes, str]:
-    """Return the owner by the hash of each key: its name, else a part of that hash."""
+    """Return the tenant by key hash: the name of the key, or the start of the hash if it has none."""
     tenants: dict[bytes, str] = {}
     for number, entry in enumerate(filter(None, map(str.strip, entries)), 1):
         parts = _ENTRY.fullmatch(entry)
@@ -117,7 +119,7 @@ def _parse(entries: Iterable[str], source: str) -> dict[bytes, str]:
         digest = _digest(parts["key"])
         tenant = parts["name"] or digest.hex()[:16]
         if tenants.setdefault(digest, tenant) != tenant:
-            raise ValueError(f"{source}: the key of entry {number} has another name before")
+            raise ValueError(f"{source}: the key of entry {number} has another name in an earlier entry")
     return tenants
 
 
@@ -126,7 +128,7 @@ def _digest(key: str) -> bytes:
 
 
 def _stamp(file: Path) -> tuple[int, ...] | None:
-    """Return what changes with the file, None while it is not there."""
+    """Return values that change with the file, None if it does not exist."""
     try:
         status = file.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""The routes of batches: thousands of requests in few transactions, and what became of them in few reads."""
+"""The routes of batches: store thousands of requests in few transactions, read results in few reads."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from serve_app.wire.refusals import Code, Refusal, documented
 from serve_app.wire.requests import MAX_ITEMS, UUID, BatchRequest
 
 MOST_ERRORS = 20
-"""Refused requests that one answer tells of."""
+"""Refused requests that one response lists."""
 
 _SEPARATOR = "\x1f"
-"""Between a batch's key and the number of a request: no key of a client has it."""
+"""Separates a batch's key from the index of a request. A client's key cannot contain it."""
 
 _ID = re.compile(UUID)
 
@@ -46,7 +46,7 @@ batches = APIRouter(prefix="/v1/batches", route_class=KeyedRoute)
 async def _batch_id(
     batch_id: Annotated[str, Path(description="Id of the batch", json_schema_extra={"format": "uuid"})],
 ) -> str:
-    """Refuse what is no id of ours before it reaches the job table."""
+    """Reject malformed ids early; PostgreSQL refuses some strings."""
     if not _ID.fullmatch(batch_id):
         raise Refusal(Code.BATCH_NOT_FOUND, batch_id=batch_id)
     return batch_id
@@ -73,12 +73,12 @@ async def submit_batch(
     parts: Shared,
     idempotency_key: IdempotencyKey = None,
 ) -> BatchSubmitAnswer:
-    """Store requests, all of them or none; more calls with the same `batch_id` add to the batch."""
+    """Store requests, all of them or none. More calls with the same `batch_id` add to the batch."""
     check_key(idempotency_key)
     pictures = any(request.has_images for request in body.requests)
-    # The same for every repeat of a call that has a key, without a look at what it stored.
-    made = uuid.uuid4() if idempotency_key is None else uuid.uuid5(uuid.NAMESPACE_OID, idempotency_key)
-    batch_id = body.batch_id or str(made)
+    # Derived from the key, so that a repeat of the call gets the same id without a read.
+    generated = uuid.uuid4() if idempotency_key is None else uuid.uuid5(uuid.NAMESPACE_OID, idempotency_key)
+    batch_id = body.batch_id or str(generated)
     threads = parts.pictures if pictures else parts.threads
     jobs = await parts.run(partial(_store, body, batch_id, idempotency_key, tenant, parts), threads)
     if isinstance(jobs, Future):
@@ -98,7 +98,7 @@ async def submit_batch(
 
 @batches.get("/{batch_id}", responses=_OF_A_BATCH)
 async def read_batch(batch_id: BatchId, tenant: Tenant, parts: Shared) -> BatchAnswer:
-    """Tell how many requests of a batch are in each state."""
+    """Return how many requests of a batch are in each state."""
     return await parts.run(lambda: BatchAnswer.of(batch_id, _counts(batch_id, tenant, parts)))
 
 
@@ -107,10 +107,10 @@ async def read_results(
     batch_id: BatchId,
     tenant: Tenant,
     parts: Shared,
-    limit: Annotated[int, Query(ge=1, le=MAX_LIMIT, description="How many at most")] = 100,
-    cursor: Annotated[str | None, Query(description="`next_cursor` of the page before")] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_LIMIT, description="Maximum number of requests per page")] = 100,
+    cursor: Annotated[str | None, Query(description="`next_cursor` of the previous page")] = None,
 ) -> BatchResultsAnswer:
-    """List a batch as submitted, with what each request asked for and what came of it."""
+    """List the requests of a batch in the order of submission, with LoRAs, prompts and results."""
     after = 0 if cursor is None else decode_cursor(cursor)
     return await parts.run(partial(_results, batch_id, tenant, parts, limit, after))
 
@@ -122,19 +122,19 @@ async def retry_batch(
     batch_id: BatchId,
     tenant: Tenant,
     parts: Shared,
-    limit: Annotated[int, Query(ge=1, le=MAX_ITEMS, description="Submit at most so many again.")] = MAX_ITEMS,
+    limit: Annotated[int, Query(ge=1, le=MAX_ITEMS, description="Resubmit at most this many.")] = MAX_ITEMS,
 ) -> BatchRetryAnswer:
-    """Submit what failed of a batch again, the oldest first, as new requests in its place."""
+    """Resubmit the failed requests of a batch as new requests that replace them, oldest first."""
     return await parts.run(partial(_retry, batch_id, tenant, parts, limit))
 
 
 @batches.delete(
     "/{batch_id}",
     responses=_OF_A_BATCH
-    | {202: {"model": BatchAnswer, "description": "Those that run stop within one step"}},
+    | {202: {"model": BatchAnswer, "description": "Running requests stop within one step"}},
 )
 async def cancel_batch(batch_id: BatchId, tenant: Tenant, parts: Shared, response: Response) -> BatchAnswer:
-    """Cancel what has not ended of a batch: at once what is queued, within one step what runs (202)."""
+    """Cancel the requests of a batch that have not ended. Running ones stop within one step (202)."""
     answer = await parts.run(partial(_cancel, batch_id, tenant, parts))
     if answer.counts.in_progress:
         response.status_code = 202
@@ -144,13 +144,13 @@ async def cancel_batch(batch_id: BatchId, tenant: Tenant, parts: Shared, respons
 def _store(
     body: BatchRequest, batch_id: str, key: str | None, tenant: str, parts: Parts
 ) -> Future[list[Job]] | list[Job]:
-    """Admit all requests and have them stored; return the earlier jobs of the same key. Raises `Refusal`."""
-    # Before the look for twins, as for a single request.
+    """Admit all requests and start to store them, or return the earlier jobs of the key. Raises `Refusal`."""
+    # Counted before the search by key, as for a single request.
     full = parts.backlog.enter(tenant, len(body.requests))
     keys: Sequence[str | None] = [None] * len(body.requests)
     fingerprint = None
     if key is not None:
-        # That of the whole body, so that no other call repeats a part of this one.
+        # Of the whole body, so that no other call can repeat only a part of this one.
         fingerprint = body.fingerprint
         own = [f"{key}{_SEPARATOR}{index}" for index in range(len(body.requests))]
         stored = parts.queue.batches.stored(tenant, own)
@@ -179,7 +179,7 @@ def _store(
 
 
 def _counts(batch_id: str, tenant: str, parts: Parts) -> Mapping[JobState, int]:
-    """Return the counts of a batch of `tenant`; another's is refused as if there were none."""
+    """Return the counts of a batch of `tenant`. Another tenant's batch is refused as if it did not exist."""
     counts = parts.queue.batches.counts(tenant, batch_id)
     if not any(counts.values()):
         raise Refusal(Code.BATCH_NOT_FOUND, batch_id=batch_id)
@@ -187,17 +187,18 @@ def _counts(batch_id: str, tenant: str, parts: Parts) -> Mapping[JobState, int]:
 
 
 def _results(batch_id: str, tenant: str, parts: Parts, limit: int, after: int) -> BatchResultsAnswer:
-    # One more than wanted tells whether there is another page.
+    # One more than wanted, to see if there is another page.
     found = parts.queue.batches.page(tenant, batch_id, after=after, limit=limit + 1)
     if not found and not after:
         raise Refusal(Code.BATCH_NOT_FOUND, batch_id=batch_id)
     page = found[:limit]
-    made = parts.queue.batches.outputs([job for job in page if job.state is JobState.SUCCEEDED])
+    recorded = parts.queue.batches.outputs([job for job in page if job.state is JobState.SUCCEEDED])
     outputs = {
-        job_id: Outputs.of(listed, parts.store, parts.settings.base_url) for job_id, listed in made.items()
+        job_id: Outputs.of(listed, parts.store, parts.settings.base_url)
+        for job_id, listed in recorded.items()
     }
     return BatchResultsAnswer(
-        results=[BatchResult.told(job, outputs.get(job.id)) for job in page],
+        results=[BatchResult.of(job, outputs.get(job.id)) for job in page],
         next_cursor=encode_cursor(page[-1].seq) if len(found) > limit else None,
     )
 

@@ -1,7 +1,7 @@
 """Server-sent events of one job: https://html.spec.whatwg.org/multipage/server-sent-events.html.
 
-An event's id is the number of the job's last change in `job_events`, and for progress and places what the
-table said then. So any gateway goes on from any id, whatever became of the one that sent it.
+An event's id is the number of the job's last change in `job_events`; for progress and queue positions, the
+reported values follow. So any gateway can continue from any id, even if the gateway that sent it is gone.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from serve_app.wire.answers import ProgressAnswer
 from serve_app.wire.refusals import Code, Refusal
 
 LONGEST_S = 60.0
-"""A stream ends then and the client comes back: a gateway that is replaced gives its streams this long."""
+"""Longest stream; then the client reconnects. A gateway that is shut down lets its streams run this long."""
 
 SILENCE_S = 15.0
-"""Longest time without a comment, in seconds: proxies cut connections that are silent for a minute."""
+"""Longest time without an event or comment, in seconds: proxies cut connections idle for a minute."""
 
 RETRY_MS = 1000
 
 START = "0"
-"""Before the first event."""
+"""The id before the first event."""
 
 _SCHEMA = {
     "type": "object",
@@ -42,22 +42,22 @@ _SCHEMA = {
         "data": {"type": "string", "contentMediaType": "application/json"},
     },
 }
-"""Of each event."""
+"""JSON schema of each event."""
 
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "Server-sent events; `data` is JSON",
+        "description": "Server-sent events. `data` is JSON",
         "content": {"text/event-stream": {"schema": _SCHEMA}},
     },
     204: {"description": "The job has ended and `Last-Event-ID` was its last event"},
 }
-"""The answers of the route, for its description."""
+"""The responses of the route, for /openapi.json."""
 
 _ID = re.compile(r"[0-9]{1,18}(\.[a-z0-9.]{1,60})?")
 
 
 class StateEvent(BaseModel):
-    """Data of `state`: the job came into this state; error and code are there if it failed."""
+    """Data of `state`: the job entered this state. `error` and `error_code` are set if it failed."""
 
     status: JobState
     at: datetime
@@ -66,26 +66,26 @@ class StateEvent(BaseModel):
 
 
 class QueueEvent(BaseModel):
-    """Data of `queue`: how many jobs of the model are ahead, approximately."""
+    """Data of `queue`: approximately how many jobs of the model are ahead."""
 
     queue_position: int
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event: `data` is one of `StateEvent`, `QueueEvent` and `ProgressAnswer`."""
+    """One event. `data` is a `StateEvent`, `QueueEvent` or `ProgressAnswer`."""
 
     id: str
     name: str
     data: BaseModel
 
     def __str__(self) -> str:
-        """As it goes over the wire."""
+        """Return the event in wire format."""
         return f"id: {self.id}\nevent: {self.name}\ndata: {self.data.model_dump_json()}\n\n"
 
 
 def check_event_id(last: str | None) -> str:
-    """Return the id to go on after; raises `Refusal` for what no event ever had as id."""
+    """Return the id to continue after. Raises `Refusal` if `last` is not an event id."""
     if not last:
         return START
     if not _ID.fullmatch(last):
@@ -93,8 +93,8 @@ def check_event_id(last: str | None) -> str:
     return last
 
 
-def news(view: View, seen: str) -> Iterator[Event]:
-    """Yield what a client does not know whose last event is `seen`: all states since, and how it is now."""
+def events_since(view: View, seen: str) -> Iterator[Event]:
+    """Yield the events after the one with the id `seen`: all state changes, then the current progress."""
     number = int(seen.partition(".")[0])
     for change in view.history:
         if change.id > number:
@@ -115,7 +115,7 @@ def news(view: View, seen: str) -> Iterator[Event]:
 
 
 def _now(view: View) -> Event | None:
-    """Return where a job is within its state."""
+    """Return the queue position or progress of a job, None if it has neither."""
     if view.job.state is JobState.IN_QUEUE and view.place is not None:
         return Event(f"{view.last}.{view.place}", "queue", QueueEvent(queue_position=view.place))
     if view.job.state is JobState.IN_PROGRESS and view.job.progress is not None:
@@ -126,21 +126,21 @@ def _now(view: View) -> Event | None:
 
 
 class EventStream(StreamingResponse):
-    """Sends what happens to a job, from `view` on, to a client whose last event is `seen`.
+    """Streams the events of a job from `view` on, to a client whose last event is `seen`.
 
-    It ends after the terminal state, or after `LONGEST_S`.
+    Ends after the final state, or after `LONGEST_S`.
     """
 
     media_type = "text/event-stream"
 
     def __init__(self, following: Following, view: View, seen: str) -> None:
         self._events = _stream(following, view, seen)
-        # nginx holds answers back otherwise.
+        # Otherwise nginx buffers the stream.
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(self._events, headers=headers)
 
     async def stream_response(self, send: Send) -> None:
-        """Send all events; a client that goes away ends the following at once."""
+        """Send all events. If the client disconnects, stop following the job at once."""
         async with aclosing(self._events):
             await super().stream_response(send)
 
@@ -151,7 +151,7 @@ async def _stream(following: Following, view: View, seen: str) -> AsyncGenerator
     yield f"retry: {RETRY_MS}\n\n"
     with following.of(view.job.id) as follower:
         while True:
-            for event in news(view, seen):
+            for event in events_since(view, seen):
                 seen = event.id
                 yield str(event)
             if view.job.state.terminal:
@@ -163,5 +163,5 @@ async def _stream(following: Following, view: View, seen: str) -> AsyncGenerator
                     return
                 newer = await follower.next(min(SILENCE_S, left))
                 if newer is None:
-                    yield ": the job goes on\n\n"
+                    yield ": keep-alive\n\n"
             view = newer

@@ -1,4 +1,4 @@
-"""Pages of one owner's jobs, newest first."""
+"""Reads pages of one tenant's jobs, newest first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from serve_app.wire.refusals import Code, Refusal
 MAX_LIMIT = 200
 
 _CURSOR = re.compile(r"[A-Za-z0-9_-]{11}")
-"""Base64 of the eight bytes of a `seq`."""
+"""Base64 of the 8 bytes of a `seq`."""
 
 
 def read_page(
@@ -26,15 +26,15 @@ def read_page(
     limit: int,
     cursor: str | None,
 ) -> ListAnswer:
-    """Return the owner's `limit` newest jobs, of one state, model or batch if so, that lie behind `cursor`.
+    """Return the `limit` newest jobs of `tenant` after `cursor`, filtered by state, model and batch if given.
 
-    A page goes on where the one before ended, whatever was submitted meanwhile. Blocking. Raises `Refusal`
-    and `StoreUnavailable`.
+    A page continues where the previous one ended, even if new jobs were submitted meanwhile. Blocking. Raises
+    `Refusal` and `StoreUnavailable`.
     """
     if model is not None and model not in CATALOG:
         raise Refusal(Code.MODEL_NOT_FOUND, supported_models=list(CATALOG))
     before = None if cursor is None else decode_cursor(cursor)
-    # One more than wanted tells whether there is another page.
+    # One more than wanted, to see if there is another page.
     found = queue.list(tenant, state=state, model=model, batch=batch, limit=limit + 1, before=before)
     page = found[:limit]
     return ListAnswer(
@@ -44,12 +44,12 @@ def read_page(
 
 
 def encode_cursor(seq: int) -> str:
-    """Return the place of a job in its table as a cursor, opaque to clients."""
+    """Return a job's `seq` as a cursor that is opaque to clients."""
     return base64.urlsafe_b64encode(seq.to_bytes(8, signed=True)).decode().rstrip("=")
 
 
 def decode_cursor(cursor: str) -> int:
-    """Return the number that `encode_cursor` was given; raises `Refusal` for what it never returns."""
+    """Return the `seq` in a cursor of `encode_cursor`. Raises `Refusal` for anything else."""
     if _CURSOR.fullmatch(cursor):
         seq = int.from_bytes(base64.urlsafe_b64decode(f"{cursor}="), signed=True)
         if seq > 0:

@@ -1,4 +1,4 @@
-"""The page at `/`: a few plain files, read once and sent from memory, which nothing from elsewhere joins."""
+"""The page at `/`: a few static files, read once and sent from memory. It loads no code from other sites."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TYPES = {
 }
 
 _HEADERS = {
-    # A gateway that was replaced may have other files.
+    # A new version of the gateway may have other files.
     "Cache-Control": "no-cache",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -30,13 +30,13 @@ _HEADERS = {
 
 
 def page_router() -> APIRouter:
-    """Return the routes of the page; its files are read now."""
+    """Return the routes of the page. This reads its files."""
     files = {file.name: file.read_bytes() for file in FOLDER.iterdir() if file.suffix in _TYPES}
     router = APIRouter(route_class=BoundedRoute)
 
     @router.get("/", response_class=Response, include_in_schema=False)
     async def read_page(request: Request) -> Response:
-        """Send the page itself, with what it may load."""
+        """Send the page, with the policy of what it may load."""
         parts: Parts = request.app.state.parts
         policy = await parts.run(partial(_policy, parts))
         return _answer("index.html", {"Content-Security-Policy": policy})
@@ -55,8 +55,8 @@ def page_router() -> APIRouter:
 
 
 def _policy(parts: Parts) -> str:
-    """Return what the page may load: its own files, and outputs from where the store's URLs lead."""
-    # S3 alone knows where its URLs lead, so it is asked for one.
+    """Return the Content-Security-Policy: the page may load its own files and outputs of the store."""
+    # Only the S3 client knows the host of its URLs, so sign one to see it.
     url = urlsplit(parts.store.url("page", parts.settings.base_url))
     outputs = f"'self' {url.scheme}://{url.netloc}"
     return "; ".join(

@@ -1,4 +1,4 @@
-"""What the routes of one gateway process share, from its start to its end."""
+"""State that the routes of one gateway process share while it runs."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from serve_app.settings import GatewayArgs
 from serve_app.wire.answers import ResultAnswer, StatusAnswer
 
 THREADS = 8
-"""Requests that are admitted, or read the job table, at a time; those that wait for a commit or for a job's
-end hold none. As many as a process has connections: more would fail when a turn for one takes too long."""
+"""Threads that admit requests and read the job table. Requests that wait for a commit or for the end of a job
+hold no thread. Equal to the connection pool of a process: further threads would only time out."""
 
 PICTURE_THREADS = 2
-"""Requests with control images that are admitted at a time: a decoded image takes up to 100 MB."""
+"""Threads that admit requests with control images: a decoded image takes up to 100 MB."""
 
 INSPECTIONS = 4
-"""LoRAs that are inspected at a time: one from elsewhere keeps a thread for up to 20 s."""
+"""Threads that inspect LoRAs: a remote LoRA holds a thread for up to 20 s."""
 
 Returned = TypeVar("Returned")
 
-Told = TypeVar("Told", StatusAnswer, ResultAnswer)
+Answer = TypeVar("Answer", StatusAnswer, ResultAnswer)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What the routes share. `pictures` are threads that may decode images, `inspections` fetch headers."""
+    """What the routes share. `pictures` are threads that decode images; `inspections` fetch LoRA headers."""
 
     settings: GatewayArgs
     queue: JobQueue
@@ -55,32 +55,32 @@ class Parts:
     inspector: Inspector
     inspections: Executor
 
-    async def when_ended(self, read: Callable[[], Told], job_id: str, wait_s: float) -> Told:
-        """Read now; if the job goes on, read again when it has ended or `wait_s` seconds have passed.
+    async def when_ended(self, read: Callable[[], Answer], job_id: str, wait_s: float) -> Answer:
+        """Read now. If the job has not ended, read again when it ends or after `wait_s` seconds.
 
-        Meanwhile no thread is held.
+        Holds no thread while it waits.
         """
         if not wait_s:
             return await self.run(read)
         with self.waiting.end_of(job_id) as end:
-            told = await self.run(read)
-            if told.status.terminal:
-                return told
+            answer = await self.run(read)
+            if answer.status.terminal:
+                return answer
             await end.wait(wait_s)
             return await self.run(read)
 
     async def run(self, call: Callable[[], Returned], threads: Executor | None = None) -> Returned:
-        """Run what blocks on one of `threads`, else of the common ones.
+        """Run a blocking call on one of `threads`, by default the common ones.
 
-        Not by anyio: its threads last as long as the event loop's first task, which under Ray Serve is a
-        request, so that each request would start one.
+        This does not use anyio: its threads live as long as the event loop's root task. Under Ray Serve that
+        is a request, so each request would start a new thread.
         """
         return await asyncio.get_running_loop().run_in_executor(threads or self.threads, call)
 
 
 @asynccontextmanager
 async def open_parts(settings: GatewayArgs, signer: Webhook | None) -> AsyncIterator[Parts]:
-    """Open the stores, waiting for the job table if need be, and run janitor, long polls and webhooks."""
+    """Open the stores, wait for the job table if needed, and run the janitor, long polls and webhooks."""
     with ExitStack() as stack:
         store = await asyncio.to_thread(open_store, settings.outputs)
         opened = partial(open_queue, jobs_url(settings.jobs), run_timeout_s=settings.inference_timeout_s)
@@ -106,4 +106,4 @@ async def _parts(request: Request) -> Parts:
 
 
 Shared = Annotated[Parts, Depends(_parts)]
-"""The parts, in a route."""
+"""The shared parts, as a parameter of a route."""

@@ -1,4 +1,4 @@
-"""Stores one request as one job, once per idempotency key."""
+"""Stores one request as one job; an idempotency key makes only one job."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ MAX_KEY_CHARS = 255
 IdempotencyKey = Annotated[
     str | None,
     Header(
-        description="The same key and body make one job, however often they are sent.",
+        description="Requests with the same key and body make only one job.",
         json_schema_extra={"minLength": 1, "maxLength": MAX_KEY_CHARS, "pattern": "^[ -~]+$"},
     ),
 ]
-"""The header, in a route; `check_key` judges it."""
+"""The header, as a parameter of a route; `check_key` checks it."""
 
 
 def check_key(key: str | None) -> None:
@@ -34,11 +34,10 @@ def check_key(key: str | None) -> None:
 
 
 async def submit(request: InferenceRequest, key: str | None, tenant: str, parts: Parts) -> Job:
-    """Admit and store a request of `tenant`; the job is on disk when this returns.
+    """Admit and store a request of `tenant`. The job is on disk when this returns.
 
-    An idempotency key that was used with the same body answers with the earlier job, whatever became of the
-    files that body names, and however many jobs are waiting. Raises `Refusal`, `StoreUnavailable` and
-    `StoreError`.
+    If the idempotency key was used with the same body, this returns the earlier job, even if the files that
+    the body names are gone or the queue is full. Raises `Refusal`, `StoreUnavailable` and `StoreError`.
     """
     threads = parts.pictures if request.has_images else parts.threads
     admitted = await parts.run(partial(_admit, request, key, tenant, parts), threads)
@@ -52,8 +51,9 @@ async def submit(request: InferenceRequest, key: str | None, tenant: str, parts:
 
 
 def _admit(request: InferenceRequest, key: str | None, tenant: str, parts: Parts) -> NewJob | Job:
-    """Return the job to store, or the earlier one of the same key."""
-    # Before the look for a twin: one that is stored in between, and fills the queue, is found.
+    """Return the job to store, or the earlier job of the same key."""
+    # Counted before the search by key. Otherwise a repeat whose first job is stored in between and fills the
+    # queue would be refused.
     full = parts.backlog.enter(tenant)
     fingerprint = None
     if key is not None:

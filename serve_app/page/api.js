@@ -1,8 +1,8 @@
-/** Requests to the service, with the key, and its refusals as errors. */
+/** Requests to the service: adds the key, and throws refusals as errors. */
 
 import { askKey, currentKey } from "./key.js";
 
-/** The service's refusal: `message` for people, `code` and `status` for the page. */
+/** An error answer of the service: `message` for people, `code` and `status` (HTTP) for the page. */
 export class Refusal extends Error {
   constructor(status, code, message) {
     super(message);
@@ -23,8 +23,8 @@ export class Refusal extends Error {
 }
 
 /**
- * Send a request to a path of the service and return the response, whose status is a good one. Asks for a key
- * where one is missing. Throws `Refusal`, and `TypeError` where the service cannot be reached.
+ * Send a request to a path of the service and return the response if its status is 2xx. Asks for a key after a
+ * 401. Throws `Refusal` for other statuses, and `TypeError` if the service cannot be reached.
  */
 export async function request(method, path, { body, headers = {}, signal } = {}) {
   for (;;) {
@@ -42,17 +42,17 @@ export async function request(method, path, { body, headers = {}, signal } = {})
     });
     if (response.ok) return response;
     if (response.status !== 401) throw await Refusal.of(response);
-    // Another request may have asked for a key meanwhile.
+    // Another request may already have asked for a new key.
     if (key === currentKey()) await askKey();
   }
 }
 
-/** As `request`; return the JSON of the answer. */
+/** Like `request`, but returns the JSON of the answer. */
 export async function json(method, path, options) {
   return (await request(method, path, options)).json();
 }
 
-/** Return a sentence for any error of `request`. */
+/** Return a message for any error that `request` throws. */
 export function sentence(error) {
   if (!(error instanceof Refusal)) return "The service cannot be reached.";
   return error.code ? `${error.code}: ${error.message}` : error.message;

@@ -1,4 +1,4 @@
-/** One job in the list of results: where it is, what can be done with it, what it made. */
+/** One job in the list of results: its state, its buttons and its outputs. */
 
 import { json, sentence } from "./api.js";
 import { el } from "./dom.js";
@@ -23,7 +23,7 @@ const PHASES = {
   publish: "saving",
 };
 
-/** The card of a job. `status` is its status answer; `repeat` is called with the request to do again. */
+/** The card of a job. `status` is its status answer; `repeat` is called with the request to submit again. */
 export class Card {
   constructor(id, model, status, repeat) {
     this.id = id;
@@ -56,7 +56,7 @@ export class Card {
     return hasEnded(this.status.status);
   }
 
-  /** Let the request of the job be repeated and copied. */
+  /** Show the prompt, and buttons that repeat and copy the request. */
   remember(request) {
     this.request = request;
     const [first, ...others] = request.body.prompts;
@@ -70,15 +70,15 @@ export class Card {
     );
   }
 
-  /** Show what has changed of the status. */
+  /** Merge `changes` into the status and show it. */
   update(changes) {
     const before = this.status.status;
     if (changes.status && changes.status !== before) Object.assign(this.status, { progress: null });
     Object.assign(this.status, changes);
     const { status, progress, queue_position: ahead, error, error_code: code } = this.status;
-    const asked = this.status.cancel_requested && !this.ended ? ", to be canceled" : "";
-    // A status region speaks whenever it is written.
-    const state = NAMES[status] + asked;
+    const canceling = this.status.cancel_requested && !this.ended ? ", canceling" : "";
+    // Write only changes: screen readers announce every write to a status region.
+    const state = NAMES[status] + canceling;
     if (this.state.textContent !== state) this.state.textContent = state;
     this.node.dataset.state = status;
     this.bar.hidden = this.ended;

@@ -1,10 +1,10 @@
-/** Two pictures, one over the other, with a slider between them. */
+/** The comparison: two pictures on top of each other, with a slider between them. */
 
 import { byId } from "./dom.js";
 
 let chosen = null;
 
-/** Choose a picture `{url, name}` by its button; the second one opens the comparison. */
+/** Choose a picture `{url, name}` by its button; the second choice opens the comparison. */
 export function offer(button, picture) {
   if (chosen?.button === button) {
     forget();

@@ -1,11 +1,11 @@
-/** The one way in which this page makes elements: what people or the service wrote only ever becomes text. */
+/** All elements are made here. Input from people and the service is inserted as text only, never as HTML. */
 
 /** Return the element with an id of index.html. */
 export const byId = (id) => document.getElementById(id);
 
 /**
  * Make an element. `props` are properties (`className`), listeners (`onclick`) or else attributes
- * (`aria-label`); children are elements or texts, and nothing where null.
+ * (`aria-label`). Children are elements or strings; null is skipped.
  */
 export function el(tag, props = {}, ...children) {
   const node = document.createElement(tag);
@@ -20,7 +20,7 @@ export function el(tag, props = {}, ...children) {
 
 let labels = 0;
 
-/** Return an input of any kind together with its label, for a grid of them. */
+/** Return a field with an input and its label. */
 export function labelled(text, input) {
   input.id ||= `input-${(labels += 1)}`;
   return el("div", { className: "field" }, el("label", { htmlFor: input.id }, text), input);

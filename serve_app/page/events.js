@@ -1,4 +1,4 @@
-/** What happens to a job, as server-sent events; by fetch, since an EventSource can send no key. */
+/** The server-sent events of a job, read with fetch because an EventSource cannot send a key. */
 
 import { Refusal, request } from "./api.js";
 
@@ -6,14 +6,14 @@ const ENDS = new Set(["succeeded", "failed", "canceled"]);
 
 const LONGEST_PAUSE_MS = 20000;
 
-/** Whether a job in this state never changes again. */
+/** Return whether this state is final. */
 export const hasEnded = (status) => ENDS.has(status);
 
 /**
- * Call `tell` with the name and data of each event until the job has ended or `signal` aborts. Goes on where
- * it was after any break. Throws `Refusal` for a job that is not there.
+ * Call `onEvent` with the name and data of each event until the job has ended or `signal` aborts. After a lost
+ * connection, continues from the last event. Throws `Refusal` if the job does not exist.
  */
-export async function follow(id, tell, signal) {
+export async function follow(id, onEvent, signal) {
   let last = "";
   let pause = 1000;
   while (!signal.aborted) {
@@ -25,7 +25,7 @@ export async function follow(id, tell, signal) {
         pause = 1000;
         last = event.id;
         const data = JSON.parse(event.data);
-        tell(event.event, data);
+        onEvent(event.event, data);
         if (hasEnded(data.status)) return;
       }
     } catch (error) {

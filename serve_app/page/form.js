@@ -1,11 +1,11 @@
-/** The form: its inputs follow the chosen model; it makes the request. */
+/** The form: shows the inputs of the chosen model and makes the request. */
 
 import { byId, el } from "./dom.js";
 import { Images } from "./images.js";
 import { Loras } from "./loras.js";
 import { Options } from "./options.js";
 
-/** The form over `models`, the rows of `/v1/models`. */
+/** The form; `models` are the rows of `/v1/models`. */
 export class Form {
   constructor(models) {
     this.models = new Map(models.map((model) => [model.id, model]));
@@ -18,7 +18,7 @@ export class Form {
     this.#show();
   }
 
-  /** Return the request as it is filled in. */
+  /** Return the request from the inputs. */
   read() {
     const { top, prompt } = this.options.read();
     const lines = byId("prompts").value.split("\n").map((line) => line.trim());
@@ -30,8 +30,8 @@ export class Form {
   #show() {
     const model = this.models.get(byId("model").value);
     const kind = model.is_video_model ? "videos" : "pictures";
-    const origin = `${model.base_model}${model.gated ? ", gated" : ""}`;
-    byId("model-about").textContent = `Makes ${kind}; ${origin}; ${model.licence}`;
+    const base = `${model.base_model}${model.gated ? " (gated)" : ""}`;
+    byId("model-about").textContent = `Makes ${kind}. Base model: ${base}. Licence: ${model.licence}`;
     this.loras.show(model);
     this.images.show(model);
     this.options.show(model);

@@ -1,4 +1,4 @@
-/** The control images of a request: dropped or chosen, as base64. */
+/** The control images of a request, dropped or chosen, as base64. */
 
 import { byId, el } from "./dom.js";
 
@@ -26,7 +26,7 @@ export class Images {
     });
   }
 
-  /** Ask for as many images as a model takes. */
+  /** Show how many images the model takes, and keep no more than that. */
   show(model) {
     const { least, most } = model.control_images;
     this.#most = most;
@@ -46,7 +46,7 @@ export class Images {
   async #take(files) {
     const pictures = [...files].filter((file) => file.type.startsWith("image/"));
     const taken = await Promise.all(pictures.map(async (file) => ({ name: file.name, data: await base64(file) })));
-    // The newest win where there is no more room.
+    // If there are too many, keep the newest.
     this.#images = [...this.#images, ...taken].slice(-this.#most);
     this.#list();
   }

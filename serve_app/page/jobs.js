@@ -1,4 +1,4 @@
-/** The list of results: one's newest jobs, those that are not at their end followed until they are. */
+/** The list of results: the newest jobs of this key, updated until they have ended. */
 
 import { json, sentence } from "./api.js";
 import { Card } from "./card.js";
@@ -8,11 +8,11 @@ import { keep, recall, reseeded, wire } from "./requests.js";
 
 const SHOWN = 24;
 
-/** Streams at a time: a browser has six connections to a service, for all its tabs. */
+/** Event streams at a time. Browsers allow six connections per host, shared by all tabs. */
 const STREAMS = 2;
 
-/** How often the jobs that wait for a stream are looked at. */
-const LOOK_MS = 3000;
+/** How often the jobs without a stream are polled. */
+const POLL_MS = 3000;
 
 /** The jobs on the page. */
 export class Jobs {
@@ -20,22 +20,22 @@ export class Jobs {
   #streams = new Map();
 
   constructor() {
-    setInterval(() => this.#look(), LOOK_MS);
-    // A tab that nobody sees gives its connections to those that are seen.
+    setInterval(() => this.#poll(), POLL_MS);
+    // A hidden tab leaves its connections to the visible ones.
     document.addEventListener("visibilitychange", () => this.#follow());
   }
 
-  /** Show the jobs that the service has of this person. */
+  /** Show the newest jobs of this key. */
   async load() {
     const { requests } = await json("GET", `v1/requests?limit=${SHOWN}`);
     for (const status of requests.reverse()) {
       this.#add(status.request_id, status.model, status, await recall(status.request_id));
     }
-    byId("results-about").textContent = requests.length ? "" : "Nothing yet.";
+    byId("results-about").textContent = requests.length ? "" : "No jobs yet.";
     this.#follow();
   }
 
-  /** Submit a request and show its job; throws what `request` of api.js does. */
+  /** Submit a request and show its job; throws the errors of `request` in api.js. */
   async submit(request) {
     const headers = { "Idempotency-Key": crypto.getRandomValues(new Uint32Array(4)).join("-") };
     const { request_id: id } = await post(wire(request), headers);
@@ -64,7 +64,7 @@ export class Jobs {
     return [...this.#cards.values()].filter((card) => !card.ended && !this.#streams.has(card.id));
   }
 
-  /** Give free streams to the oldest jobs, or end all while nobody sees the page. */
+  /** Give free streams to the oldest jobs; while the page is hidden, end all streams. */
   #follow() {
     if (document.hidden) {
       for (const stream of this.#streams.values()) stream.abort();
@@ -89,8 +89,8 @@ export class Jobs {
     }
   }
 
-  /** Look at the jobs that have no stream. */
-  async #look() {
+  /** Update the jobs that have no stream. */
+  async #poll() {
     if (document.hidden || !this.#unfollowed.length) return;
     const { requests } = await json("GET", `v1/requests?limit=${SHOWN}`).catch(() => ({ requests: [] }));
     for (const status of requests) {
@@ -100,14 +100,14 @@ export class Jobs {
   }
 }
 
-/** Submit once, however often it takes: the key in `headers` makes repeats one job. */
+/** Submit with retries; the idempotency key in `headers` makes them one job. */
 async function post(body, headers) {
   for (let attempt = 1; ; attempt += 1) {
     try {
       return await json("POST", "v1/inference", { body, headers });
     } catch (error) {
-      const away = error instanceof TypeError || error.status === 503;
-      if (!away || attempt === 3) throw error;
+      const unavailable = error instanceof TypeError || error.status === 503;
+      if (!unavailable || attempt === 3) throw error;
       await new Promise((resolve) => setTimeout(resolve, 1000 * attempt));
     }
   }

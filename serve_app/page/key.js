@@ -1,4 +1,4 @@
-/** The key of a service that has keys: asked for when it is missed, kept as long as the tab. */
+/** The key of a service with keys: asked for after a 401, kept until the tab is closed. */
 
 import { byId } from "./dom.js";
 
@@ -9,13 +9,13 @@ let asking = null;
 /** Return the key, or null. */
 export const currentKey = () => sessionStorage.getItem(PLACE);
 
-/** Ask for a key, once for all that miss one; resolves when there is one. */
+/** Ask for a key; simultaneous callers share one dialog. Resolves once a key is entered. */
 export function askKey() {
   asking ??= new Promise((resolve) => {
     const dialog = byId("key-dialog");
     const input = byId("key");
     input.value = "";
-    // Without a key there is nothing to see, so it comes again when it was dismissed.
+    // The page shows nothing without a key, so Escape must not close the dialog.
     dialog.addEventListener("cancel", (event) => event.preventDefault());
     dialog.addEventListener(
       "close",
@@ -32,7 +32,7 @@ export function askKey() {
   return asking;
 }
 
-/** Forget the key and begin anew. */
+/** Forget the key and reload the page. */
 export function forgetKey() {
   sessionStorage.removeItem(PLACE);
   location.reload();

@@ -1,4 +1,4 @@
-/** The LoRAs of a request: a row for each, with what its file is. */
+/** The LoRAs of a request: a row for each, with a description of its file. */
 
 import { json, sentence } from "./api.js";
 import { el, labelled } from "./dom.js";
@@ -13,7 +13,7 @@ export class Loras {
     add.addEventListener("click", () => this.#append().querySelector("input").focus());
   }
 
-  /** Show the rows that a model has at first; paths that are there stay. */
+  /** Show the first rows for a model; paths that were entered stay. */
   show(model) {
     const before = [...this.box.querySelectorAll("[name=path]")].map((input) => input.value);
     this.#model = model;
@@ -24,7 +24,7 @@ export class Loras {
     this.#refresh();
   }
 
-  /** Return `loras` of a request body: the rows that have a path. */
+  /** Return `loras` of the request body; rows without a path are skipped. */
   read() {
     const rows = [...this.box.children].map((row) => {
       const value = (name) => row.querySelector(`[name=${name}]`)?.value.trim();
@@ -87,10 +87,10 @@ export class Loras {
     if (!path) return;
     try {
       const found = await json("POST", "v1/loras/inspect", { body: { path } });
-      const told = describe(found, model);
+      const { text, bad } = describe(found, model);
       if (!current()) return;
-      hint.textContent = told.text;
-      hint.classList.toggle("bad", told.bad);
+      hint.textContent = text;
+      hint.classList.toggle("bad", bad);
     } catch (error) {
       if (!current()) return;
       hint.textContent = sentence(error);
@@ -99,14 +99,14 @@ export class Loras {
   }
 }
 
-/** Say what an inspected LoRA is, and how it fits the model. */
+/** Describe an inspected LoRA and how it fits the model; `bad` if most of it does not. */
 function describe(found, model) {
   const rank = found.ranks.length ? `, rank ${found.ranks.join(", ")}` : "";
   const fit = found.models.find((each) => each.model === model.id);
   const others = found.fitting_models.join(", ");
   const text = `${found.dialect}${rank}, ${found.modules} module${found.modules === 1 ? "" : "s"}`;
   if (fit?.fit === "whole") return { text: `${text}; fits ${model.id}.`, bad: false };
-  const elsewhere = others ? ` It was made for ${others}.` : "";
+  const elsewhere = others ? ` It fits ${others}.` : "";
   if (fit?.fit === "part") {
     const part = `${fit.matched} of them match ${model.id}`;
     return { text: `${text}; ${part}.${elsewhere}`, bad: fit.matched * 2 < found.modules };

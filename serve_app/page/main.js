@@ -1,4 +1,4 @@
-/** The page at `/`: choose a model, submit, follow, look. */
+/** The page at `/`: connects the form and the list of jobs. */
 
 import { json, sentence } from "./api.js";
 import { byId } from "./dom.js";

@@ -1,4 +1,4 @@
-/** What else a model takes, as inputs that show its defaults; what is left empty is not sent. */
+/** Inputs for the other fields of a model. They show its defaults; empty inputs are not sent. */
 
 import { el, labelled } from "./dom.js";
 
@@ -7,7 +7,7 @@ const number = (name, placeholder, bounds = {}) =>
 
 const choice = (name, values) => el("select", { name }, ...values.map((value) => el("option", { value }, value)));
 
-/** The options of a request within `box`. */
+/** The options of a request; `box` holds the inputs. */
 export class Options {
   #model = null;
 
@@ -15,7 +15,7 @@ export class Options {
     this.box = box;
   }
 
-  /** Show the inputs of a model; values that it takes too stay. */
+  /** Show the inputs of a model; values stay if the model has the same field. */
   show(model) {
     const before = this.#values();
     this.#model = model;
@@ -31,7 +31,7 @@ export class Options {
     if (model.negative_prompt) fields.push(["Negative prompt", el("input", { name: "neg" })]);
     if (model.is_video_model) {
       fields.push(["Frames", number("num_frames", model.default_num_frames, { min: 1, max: 1000 })]);
-      fields.push(["Frames a second", number("fps", model.default_fps, { min: 1, max: 120 })]);
+      fields.push(["Frames per second", number("fps", model.default_fps, { min: 1, max: 120 })]);
     }
     if (model.resolutions.length > 1) fields.push(["Resolution", choice("resolution", model.resolutions)]);
     fields.push(["Format", choice("output_format", model.output_formats)]);
@@ -41,19 +41,19 @@ export class Options {
     }
     this.box.replaceChildren(...fields.map(([text, input]) => labelled(text, input)));
     if (model.preview_differs) {
-      this.box.append(el("p", { className: "hint wide" }, `Sampling as a preview changes: ${model.preview_differs}`));
+      this.box.append(el("p", { className: "hint wide" }, `Preview sampling: ${model.preview_differs}`));
     }
     this.#fill(before);
   }
 
-  /** Return the fields of the request and those of each of its prompts. */
+  /** Return the fields of the request as `top`, and those of each prompt as `prompt`. */
   read() {
     const values = this.#values();
     const top = {};
     const prompt = {};
     for (const [name, value] of Object.entries(values)) {
-      const own = ["output_format", "sampling", "trigger_word"].includes(name) || name in this.#model.options;
-      if (value !== "") (own ? top : prompt)[name] = value;
+      const isTop = ["output_format", "sampling", "trigger_word"].includes(name) || name in this.#model.options;
+      if (value !== "") (isTop ? top : prompt)[name] = value;
     }
     return { top, prompt };
   }

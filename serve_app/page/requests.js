@@ -1,32 +1,32 @@
 /**
- * What a person asked for: `{body, images}`, the body without control images, each image `{name, data}` with
- * its base64. Kept in the browser by the id of its job, so that it can be repeated later.
+ * Requests as `{body, images}`: the body without control images, and each image as `{name, data}` with base64
+ * data. The browser stores them by job id, so that they can be repeated later.
  */
 
 const KEPT = 200;
 
 const FIELDS = ["ctrl_img_1", "ctrl_img_2", "ctrl_img_3"];
 
-/** Return the fields of the control images: models that take one prefer the plain one in previews. */
+/** Return the field names for the control images; a single image is `ctrl_img`, which previews prefer. */
 export const imageFields = (images) => (images.length === 1 ? ["ctrl_img"] : FIELDS.slice(0, images.length));
 
-/** Return the body to send: every prompt has all control images. */
+/** Return the body to send, with all control images in every prompt. */
 export function wire({ body, images }) {
   const fields = imageFields(images);
   const controls = Object.fromEntries(fields.map((field, index) => [field, images[index].data]));
   return { ...body, prompts: body.prompts.map((prompt) => ({ ...prompt, ...controls })) };
 }
 
-/** Return the same request with seeds that nobody has seen yet. */
+/** Return the same request with new random seeds. */
 export function reseeded({ body, images }) {
   const seed = Math.floor(Math.random() * 2 ** 31);
   const prompts = body.prompts.map((prompt, index) => ({ ...prompt, seed: seed + index }));
   return { body: { ...body, prompts }, images };
 }
 
-/** Keep a request under the id of its job, where the browser keeps anything. */
+/** Store a request under its job's id, if the browser allows storage. */
 export async function keep(id, request) {
-  // The query of a URL often is a secret, and this store outlives the tab.
+  // The query of a URL is often a secret, and this storage outlives the tab.
   if (request.body.loras.some((lora) => lora.path.includes("?"))) return;
   const store = await open("readwrite").catch(() => null);
   if (store === null) return;
@@ -40,7 +40,7 @@ export async function keep(id, request) {
   };
 }
 
-/** Return the request of a job, or null if it was not made here. */
+/** Return the request of a job, or null if this browser has not stored it. */
 export async function recall(id) {
   const store = await open("readonly").catch(() => null);
   return store && ((await done(store.get(id)))?.request ?? null);

@@ -1,4 +1,4 @@
-/** A request as a command line or a program, to be taken elsewhere. The key is never in it. */
+/** Requests as curl commands and Python programs to copy. They never contain the key. */
 
 import { byId } from "./dom.js";
 import { currentKey } from "./key.js";
@@ -6,7 +6,7 @@ import { imageFields } from "./requests.js";
 
 const address = () => new URL("v1/inference", document.baseURI).href;
 
-/** Return bash that submits the request with curl. */
+/** Return a bash command that submits the request with curl. */
 export function asCurl({ body, images }) {
   const text = JSON.stringify(body, null, 2);
   const key = currentKey() === null ? "" : ` \\\n  -H "Authorization: Bearer $KEY"`;
@@ -18,7 +18,7 @@ export function asCurl({ body, images }) {
   return `jq -n ${quoted(text)} | jq \\\n${files.join(" \\\n")} \\\n  ${quoted(filter)} |\n${curl} @-\n`;
 }
 
-/** Return Python that submits the request and waits for its result. */
+/** Return a Python program that submits the request and waits for its result. */
 export function asPython({ body, images }) {
   const fields = imageFields(images);
   const controls = images.map(
@@ -48,7 +48,7 @@ export function asPython({ body, images }) {
   return `${lines.join("\n").trimStart()}\n`;
 }
 
-/** Show a text with a button that copies it. */
+/** Show a text with a copy button. */
 export function showSnippet(title, text) {
   const area = byId("snippet");
   byId("snippet-title").textContent = title;
@@ -59,9 +59,9 @@ export function showSnippet(title, text) {
       await navigator.clipboard.writeText(text);
       byId("snippet-told").textContent = "Copied.";
     } catch {
-      // Browsers have no clipboard for pages without TLS.
+      // Browsers have no clipboard on pages without HTTPS.
       area.select();
-      byId("snippet-told").textContent = "Selected: copy it with the keyboard.";
+      byId("snippet-told").textContent = "The text is selected. Copy it with Ctrl+C or Cmd+C.";
     }
   };
   byId("snippet-dialog").showModal();

@@ -1,1 +1,1 @@
-"""The HTTP contract: request and answer bodies, refusal codes, and what `/openapi.json` adds."""
+"""The HTTP contract: request and response bodies, refusal codes, and our additions to `/openapi.json`."""

@@ -1,4 +1,4 @@
-"""Bodies of answers: the wire format out, field for field as the reference server's, with our additions."""
+"""Response bodies: the reference server's wire format field for field, plus our additions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _time(seconds: float | None) -> datetime | None:
 
 
 class SubmitAnswer(BaseModel):
-    """Answer of `POST /v1/inference`."""
+    """Response to `POST /v1/inference`."""
 
     request_id: str
     status: Literal["queued"] = "queued"
@@ -30,7 +30,7 @@ class SubmitAnswer(BaseModel):
 
     @classmethod
     def of(cls, job: Job, base_url: str) -> Self:
-        """Describe a job that was just stored, or once was under the same idempotency key."""
+        """Describe a job that was stored now, or earlier under the same idempotency key."""
         url = f"{base_url}/v1/requests/{job.id}"
         return cls(
             request_id=job.id,
@@ -42,7 +42,7 @@ class SubmitAnswer(BaseModel):
 
 
 class ProgressAnswer(BaseModel):
-    """How far a running job is; prompt and step count from 0, `steps` is of this prompt."""
+    """Progress of a running job. `prompt` and `step` count from 0; `steps` is for this prompt."""
 
     prompt: int
     prompts: int
@@ -52,7 +52,7 @@ class ProgressAnswer(BaseModel):
 
 
 class StatusAnswer(BaseModel):
-    """Answer of `GET /v1/requests/{id}/status`; `queue_position` counts the jobs ahead, approximately."""
+    """Response to `GET /v1/requests/{id}/status`. `queue_position` is roughly the number of jobs ahead."""
 
     request_id: str
     status: JobState
@@ -68,7 +68,7 @@ class StatusAnswer(BaseModel):
 
     @classmethod
     def of(cls, job: JobSummary, ahead: int | None) -> Self:
-        """Describe `job`; `ahead` is null unless it is queued."""
+        """Describe `job`. `ahead` is the number of jobs before it, or None unless it is queued."""
         progress = job.progress
         return cls(
             request_id=job.id,
@@ -86,7 +86,7 @@ class StatusAnswer(BaseModel):
 
 
 class ListedAnswer(StatusAnswer):
-    """One of the requests in a list. `queue_position` is always null: to count for each costs too much."""
+    """One request in a list. `queue_position` is always null: counting for every request is too slow."""
 
     model: str
     batch_id: str | None
@@ -98,14 +98,14 @@ class ListedAnswer(StatusAnswer):
 
 
 class ListAnswer(BaseModel):
-    """Answer of `GET /v1/requests`, newest first; `next_cursor` is null on the last page."""
+    """Response to `GET /v1/requests`, newest first. `next_cursor` is null on the last page."""
 
     requests: list[ListedAnswer]
     next_cursor: str | None
 
 
 class _Output(BaseModel):
-    """A file: `file_path` is an absolute path or `s3://bucket/key`, `url` how a client fetches it."""
+    """An output file. `file_path` is an absolute path or `s3://bucket/key`; clients fetch it from `url`."""
 
     width: int
     height: int
@@ -137,7 +137,7 @@ class ImageOutput(_Output):
 
 
 class VideoOutput(_Output):
-    """One video: the frames that it has, and how many of them are shown in a second."""
+    """One video. `num_frames` is the number of frames in the file, `fps` its frames per second."""
 
     format: VideoFormat
     num_frames: int
@@ -145,14 +145,14 @@ class VideoOutput(_Output):
 
 
 class Outputs(BaseModel):
-    """Everything a job made, in the order of its prompts."""
+    """All outputs of a job, in the order of its prompts."""
 
     images: list[ImageOutput]
     videos: list[VideoOutput]
 
     @classmethod
     def of(cls, outputs: Sequence[Mapping[str, Any]], store: ObjectStore, base_url: str) -> Self:
-        """Describe the outputs that a worker recorded, each of the `kind` that it says."""
+        """Describe the outputs that a worker recorded, sorted by their `kind`."""
         images = [output for output in outputs if output["kind"] == "image"]
         videos = [output for output in outputs if output["kind"] == "video"]
         return cls(
@@ -162,7 +162,7 @@ class Outputs(BaseModel):
 
 
 class ResultMetadata(BaseModel):
-    """How a job ran; seconds. Null until it succeeded."""
+    """How a job ran. Times are in seconds, and null until the job has succeeded."""
 
     model: str
     inference_time: float | None
@@ -171,7 +171,7 @@ class ResultMetadata(BaseModel):
 
 
 class ResultAnswer(BaseModel):
-    """Answer of `GET /v1/requests/{id}/result`; `outputs` is null until the job succeeded."""
+    """Response to `GET /v1/requests/{id}/result`. `outputs` is null until the job has succeeded."""
 
     request_id: str
     status: JobState
@@ -183,7 +183,7 @@ class ResultAnswer(BaseModel):
 
     @classmethod
     def of(cls, job: Job, outputs: Outputs | None) -> Self:
-        """Describe `job` and what it made."""
+        """Describe `job` and its outputs."""
         result = job.result or {}
         return cls(
             request_id=job.id,
@@ -236,7 +236,7 @@ class ModelAnswer(BaseModel):
 
     @classmethod
     def of(cls, row: ModelSpec, max_loras: int) -> Self:
-        """Describe a row of the catalogue, of which requests may have `max_loras` LoRAs."""
+        """Describe a model that takes up to `max_loras` LoRAs per request, for each of its transformers."""
         controls = row.control_images
         return cls(
             id=row.id,
@@ -265,18 +265,18 @@ class ModelAnswer(BaseModel):
 
 
 class ModelsAnswer(BaseModel):
-    """Answer of `GET /v1/models`, in the order of the catalogue."""
+    """Response to `GET /v1/models`, in the order of the catalogue."""
 
     models: list[ModelAnswer]
 
 
 class HealthAnswer(BaseModel):
-    """Answer of `GET /health`."""
+    """Response to `GET /health`."""
 
     status: Literal["healthy"] = "healthy"
 
 
 class ReadyAnswer(BaseModel):
-    """Answer of `GET /ready`."""
+    """Response to `GET /ready`."""
 
     status: Literal["ready"] = "ready"

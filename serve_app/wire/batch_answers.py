@@ -1,4 +1,4 @@
-"""Bodies of answers about batches."""
+"""Response bodies of the batch routes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from serve_app.wire.answers import Outputs, ResultAnswer, StatusAnswer
 
 
 class BatchSubmitAnswer(BaseModel):
-    """Answer of `POST /v1/batches`: ids in the order of the requests; warnings name theirs by index."""
+    """Response to `POST /v1/batches`. Ids are in request order; warnings name a request by index."""
 
     batch_id: str
     batch_url: str
@@ -32,7 +32,7 @@ class BatchCounts(BaseModel):
 
 
 class BatchAnswer(BaseModel):
-    """Answer of `GET /v1/batches/{id}`."""
+    """Response to `GET /v1/batches/{id}`."""
 
     batch_id: str
     total: int
@@ -47,13 +47,13 @@ class BatchAnswer(BaseModel):
 
 
 class BatchRetryAnswer(BatchAnswer):
-    """Answer of `POST /v1/batches/{id}/retry`: the counts after it, and how many were submitted again."""
+    """Response to `POST /v1/batches/{id}/retry`: the new counts, and how many requests were resubmitted."""
 
     retried: int
 
 
 class AskedLora(BaseModel):
-    """A LoRA as it is applied; the query of a URL is not told."""
+    """A LoRA as applied. `path` leaves out the query of a URL."""
 
     path: str
     network_multiplier: float
@@ -61,7 +61,7 @@ class AskedLora(BaseModel):
 
 
 class AskedPrompt(BaseModel):
-    """A prompt as it is rendered, every default resolved."""
+    """A prompt as rendered, with every default filled in."""
 
     prompt: str
     neg: str
@@ -75,7 +75,7 @@ class AskedPrompt(BaseModel):
 
 
 class BatchResult(ResultAnswer):
-    """One request of a batch: its result, what its status adds, and what it asked for."""
+    """One request of a batch: its result, some fields of its status, its LoRAs and its prompts."""
 
     error_code: str | None
     started_at: datetime | None
@@ -84,8 +84,8 @@ class BatchResult(ResultAnswer):
     prompts: list[AskedPrompt]
 
     @classmethod
-    def told(cls, job: Job, outputs: Outputs | None) -> Self:
-        """Describe `job` and what it made."""
+    def of(cls, job: Job, outputs: Outputs | None) -> Self:
+        """Describe `job` and its outputs."""
         return cls(
             **ResultAnswer.of(job, outputs).model_dump(),
             error_code=job.error_code,
@@ -100,7 +100,7 @@ class BatchResult(ResultAnswer):
 
 
 class BatchResultsAnswer(BaseModel):
-    """Answer of `GET /v1/batches/{id}/results`, oldest first; `next_cursor` is null on the last page."""
+    """Response to `GET /v1/batches/{id}/results`, oldest first. `next_cursor` is null on the last page."""
 
     results: list[BatchResult]
     next_cursor: str | None

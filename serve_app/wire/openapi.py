@@ -1,4 +1,4 @@
-"""What `/openapi.json` says beyond what FastAPI reads from the routes: examples and links."""
+"""Examples and links that `/openapi.json` has in addition to what FastAPI generates."""
 
 from __future__ import annotations
 
@@ -181,24 +181,24 @@ EXAMPLES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "ReadyAnswer": {"status": "ready"},
     }
 )
-"""An example of each body of a request or answer, by the name of its schema."""
+"""An example of each request and response body, by schema name."""
 
 _LINKED = ("read_status", "read_result", "cancel_request")
-"""Where the id that an answer tells leads, by operation."""
+"""Operations that take the id which a submission returns."""
 
 
 class DescribedApp(FastAPI):
-    """An application with a whole description."""
+    """An application whose OpenAPI description has our examples and links."""
 
     def openapi(self) -> dict[str, Any]:
-        """Return the description; what is added to FastAPI's is added once."""
+        """Return the description. Our additions are made on the first call."""
         if self.openapi_schema is None:
-            self.openapi_schema = _completed(super().openapi())
+            self.openapi_schema = _with_additions(super().openapi())
         return super().openapi()
 
 
 def _whole_numbers(part: Any) -> Any:  # noqa: ANN401 - any JSON
-    """Return JSON with bounds such as 2**64 as they are: of FastAPI's floats the digits are others."""
+    """Turn whole floats into integers: FastAPI writes a bound such as 2**64 as a float, which rounds it."""
     if isinstance(part, dict):
         return {name: _whole_numbers(value) for name, value in part.items()}
     if isinstance(part, list):
@@ -206,8 +206,8 @@ def _whole_numbers(part: Any) -> Any:  # noqa: ANN401 - any JSON
     return int(part) if isinstance(part, float) and part.is_integer() else part
 
 
-def _completed(told: dict[str, Any]) -> dict[str, Any]:
-    description = _whole_numbers(told)
+def _with_additions(generated: dict[str, Any]) -> dict[str, Any]:
+    description = _whole_numbers(generated)
     for name, schema in description["components"]["schemas"].items():
         if name in EXAMPLES:
             schema["examples"] = [EXAMPLES[name]]

@@ -174,7 +174,7 @@ def test_a_full_disk_fails_jobs_with_a_code_until_there_is_room(
 
 
 def test_a_picture_without_room_in_memory_fails_with_a_code(service: Service) -> None:
-    worker, drops = service.warm_worker(), service.said("adapters are dropped for a second try")
+    worker, drops = service.warm_worker(), service.said("dropping all adapters for a second try")
     room = psutil.Process(worker).memory_info().vms + 128 * 2**20  # The picture needs 200 MiB.
     limits = resource.prlimit(worker, resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
     limited_at = time.time()
@@ -184,7 +184,7 @@ def test_a_picture_without_room_in_memory_fails_with_a_code(service: Service) ->
     finally:
         resource.prlimit(worker, resource.RLIMIT_AS, limits)
     assert (ended[large].error_code, ended[large].attempts) == (FailureCode.OUT_OF_MEMORY, 1)
-    assert service.said("adapters are dropped for a second try") == drops + 1
+    assert service.said("dropping all adapters for a second try") == drops + 1
     roomy_at, again = time.time(), service.submit(body(side=1024))
     assert ended[small].state is service.kept(roomy_at)[again].state is JobState.SUCCEEDED
     assert worker in replica_pids("flux")

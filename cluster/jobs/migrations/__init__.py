@@ -1,4 +1,4 @@
-"""The history of the job table's schema, as Alembic revisions."""
+"""Alembic migrations of the job table's schema."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from sqlalchemy import Connection
 
 
 def upgrade(connection: Connection) -> None:
-    """Bring the schema to the newest revision, in the caller's transaction.
+    """Upgrade the schema to the newest revision, in the caller's transaction.
 
-    The transaction has to be the only one of its kind (`Database.alone`): it keeps other processes, and other
-    threads of this one (Alembic's environment is global), out until the schema is there. Raises
-    `alembic.util.CommandError` when the schema is newer than this program.
+    The transaction must come from `Database.alone`. It keeps out other processes, and also other threads,
+    because Alembic's environment is global. Raises `alembic.util.CommandError` if the schema is newer than
+    this program.
     """
     config = Config()
     config.set_main_option("script_location", "cluster.jobs:migrations")

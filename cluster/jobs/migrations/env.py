@@ -1,4 +1,4 @@
-"""Alembic's entry: runs revisions on the connection, and in the transaction, that `upgrade` was given."""
+"""Alembic's entry point: runs migrations on the connection, and in the transaction, passed to `upgrade`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""OpenAI's image routes: its bodies and errors around the same submission as `/v1/inference`."""
+"""OpenAI's image routes: OpenAI's bodies and errors around the submission of `/v1/inference`."""

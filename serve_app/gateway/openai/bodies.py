@@ -1,4 +1,4 @@
-"""Bodies of OpenAI's image routes, in and out: its fields, and beside them every field of ours."""
+"""Request and response bodies of OpenAI's image routes: OpenAI's fields plus all of ours."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from serve_app.wire.requests import (
 )
 
 MAX_PICTURES = 10
-"""Of one request, as OpenAI bounds its `n`."""
+"""Limit of `n`, as for OpenAI."""
 
 NUMBERED = ("ctrl_img_1", "ctrl_img_2", "ctrl_img_3")
-"""The fields of a prompt for several images to edit."""
+"""The fields of a prompt that hold several images to edit."""
 
 EXAMPLE: dict[str, Any] = {
     "model": "flux",
@@ -40,8 +40,8 @@ _MODELS = [row for row in CATALOG.values() if not row.video]
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 
 
-def _read_size(value: Any) -> tuple[str, str] | None:  # noqa: ANN401 - whatever a client sends
-    """Return width and height of `1024x768`, None of `auto`."""
+def _read_size(value: Any) -> tuple[str, str] | None:  # noqa: ANN401 - any JSON
+    """Return width and height for `1024x768`, None for `auto` or null."""
     if value is None or value == "auto":
         return None
     size = _SIZE.fullmatch(value) if isinstance(value, str) else None
@@ -63,14 +63,14 @@ Size = Annotated[
 
 def _not_streamed(value: bool) -> bool:
     if value:
-        raise PydanticCustomError("stream", "Pictures are not streamed")
+        raise PydanticCustomError("stream", "Streaming is not supported; leave `stream` out")
     return value
 
 
 class ImageGeneration(RequestFields, PromptItem):
-    """Body of `POST /v1/images/generations`: what OpenAI's client sends, and any field of a request of ours.
+    """Body of `POST /v1/images/generations`: OpenAI's fields, and any field of our requests.
 
-    `n` pictures are `n` prompts with seeds that count up from `seed`, -1 draws each anew.
+    `n` pictures are `n` prompts. Their seeds count up from `seed`; with -1 each seed is random.
     """
 
     model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
@@ -78,18 +78,18 @@ class ImageGeneration(RequestFields, PromptItem):
     model: Annotated[Text, Field(json_schema_extra={"enum": [row.id for row in _MODELS]})]
     """An id of `GET /v1/models` that makes pictures."""
     loras: Annotated[list[LoraItem], Field(max_length=MAX_ITEMS, default_factory=list)]
-    """One LoRA, which it needs; more where the model's `max_loras` says so."""
+    """Required: one LoRA, or more if the model's `max_loras` allows it."""
     n: Annotated[int, Field(ge=1, le=MAX_PICTURES)] | None = None
-    """How many pictures; 1 by default. Seeds count up from `seed`."""
+    """Number of pictures, 1 by default. Seeds count up from `seed`."""
     size: Size = None
-    """`WIDTHxHEIGHT` in pixels, or `auto`; wins over `width` and `height`."""
+    """`WIDTHxHEIGHT` in pixels, which overrides `width` and `height`, or `auto`."""
     response_format: Literal["url", "b64_json"] | None = None
     """`url` by default."""
     stream: Annotated[bool, AfterValidator(_not_streamed), WithJsonSchema({"const": False})] | None = None
-    """True is refused."""
+    """Not supported: true is refused."""
 
     def inference_request(self) -> InferenceRequest:
-        """Return the request of ours that asks for the same."""
+        """Return the same request as a body of `POST /v1/inference`."""
         common = {name: getattr(self, name) for name in RequestFields.model_fields}
         prompts = [self._prompt(index) for index in range(self.n or 1)]
         return InferenceRequest.model_validate({**(self.model_extra or {}), **common, "prompts": prompts})
@@ -103,32 +103,32 @@ class ImageGeneration(RequestFields, PromptItem):
         return PromptItem(**{**fields, **self._controls()})
 
     def _controls(self) -> dict[str, str | None]:
-        """Return the fields of a prompt that are not as they were sent."""
+        """Return the prompt fields that differ from those sent."""
         return {}
 
 
 class ImageEdit(ImageGeneration):
-    """Body of `POST /v1/images/edits`, from its multipart form; `image` are base64 or URLs."""
+    """Body of `POST /v1/images/edits`, read from a multipart form. `image` holds base64 or URLs."""
 
     model_config = ConfigDict(json_schema_extra={"examples": []})
 
     model: Annotated[
         Text, Field(json_schema_extra={"enum": [row.id for row in _MODELS if row.control_images.most]})
     ]
-    """An id of `GET /v1/models` that makes pictures of pictures."""
+    """An id of `GET /v1/models` that makes pictures and takes control images."""
     image: Annotated[list[str], Field(min_length=1, max_length=len(NUMBERED))]
-    """The images to edit, in their order."""
+    """The images to edit, in this order."""
     mask: None = None
-    """Refused."""
+    """Not supported: refused."""
 
     def _controls(self) -> dict[str, str | None]:
-        # One image goes where previews of every model look for it.
+        # Previews of every model read a single image from `ctrl_img`.
         fields = NUMBERED if len(self.image) > 1 else ["ctrl_img"]
         return dict.fromkeys(("ctrl_img", *NUMBERED)) | dict(zip(fields, self.image, strict=False))
 
 
 class ImageAnswer(BaseModel):
-    """One picture: its `url` or `b64_json`, whichever was asked for."""
+    """One picture, as `url` or `b64_json`, depending on `response_format`."""
 
     url: str | None = None
     b64_json: str | None = None
@@ -136,9 +136,9 @@ class ImageAnswer(BaseModel):
 
 
 class ImagesAnswer(BaseModel):
-    """Answer of OpenAI's image routes; `created` is in seconds since 1970, `size` as in the request.
+    """Response of OpenAI's image routes. `created` is in seconds since 1970, `size` is that of the pictures.
 
-    `request_id` leads to everything else that is known of the pictures: `GET /v1/requests/{id}/result`.
+    `GET /v1/requests/{id}/result` has more about the pictures; its id is `request_id`.
     """
 
     created: int

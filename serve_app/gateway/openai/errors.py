@@ -1,4 +1,4 @@
-"""Errors in OpenAI's form, with our codes, and the class of routes that answer so."""
+"""Errors in OpenAI's form with our codes, and the route class that returns them."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ FAULTS = frozenset(
         FailureCode.WORKER_LOST,
     }
 )
-"""What jobs fail of that is the service's: status 500. Whatever else they fail of is the request's: 400."""
+"""Failures that are the service's fault: status 500. All others are the request's fault: 400."""
 
 
 class OpenAIError(BaseModel):
-    """What went wrong: `code` is one of ours, `param` the field that is wrong, `details` by code."""
+    """What went wrong: `code` is one of our codes, `param` the wrong field; `details` depends on the code."""
 
     message: str
     type: Literal["invalid_request_error", "server_error"]
@@ -49,37 +49,37 @@ class OpenAIError(BaseModel):
     def of(
         cls, status: int, code: str, message: str, details: Mapping[str, Any], param: str | None = None
     ) -> OpenAIError:
-        """Return the error of an answer with this HTTP status."""
+        """Return the error of a response with this HTTP status."""
         kind = "invalid_request_error" if status < 500 else "server_error"
         return cls(message=message, type=kind, param=param, code=code, details=dict(details))
 
 
 class OpenAIErrorAnswer(BaseModel):
-    """Body of every 4xx and 5xx of OpenAI's routes."""
+    """Body of every 4xx and 5xx response of OpenAI's routes."""
 
     error: OpenAIError
 
 
-class Unmade(Exception):
-    """A request that is stored, without pictures to answer with: it failed, was canceled, or goes on."""
+class NoPictures(Exception):
+    """A stored request has no pictures to return: it failed, was canceled, or is still running."""
 
-    def __init__(self, request_id: str, told: StatusAnswer | None) -> None:
-        """Take how the request was doing at last, None where that could not be read."""
+    def __init__(self, request_id: str, status: StatusAnswer | None) -> None:
+        """Take the latest status of the request, None if it could not be read."""
         self.request_id = request_id
-        if told and told.status is JobState.FAILED:
-            self.code, self.message = told.error_code or "", told.error or ""
+        if status and status.status is JobState.FAILED:
+            self.code, self.message = status.error_code or "", status.error or ""
             self.status = _status(self.code)
         else:
-            canceled = told and told.status is JobState.CANCELED
+            canceled = status and status.status is JobState.CANCELED
             code = Code.REQUEST_CANCELED if canceled else Code.WAIT_OVER
             self.code, self.message, self.status = code.name, code.message, code.status
 
 
 class OpenAIRoute(KeyedRoute):
-    """A route for holders of a key whose errors have OpenAI's form."""
+    """A `KeyedRoute` whose errors have OpenAI's form."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return the handler, which answers errors itself instead of raising them."""
+        """Return FastAPI's handler, wrapped to return errors as responses instead of raising them."""
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
@@ -89,8 +89,8 @@ class OpenAIRoute(KeyedRoute):
                 return _refused(refusal)
             except RequestValidationError as error:
                 return _invalid(error)
-            except Unmade as unmade:
-                return _unmade(unmade)
+            except NoPictures as error:
+                return _no_pictures(error)
             except (StoreUnavailable, StoreError) as error:
                 logger.warning("store unavailable: %s", error)
                 return _refused(Refusal(Code.STORE_UNAVAILABLE))
@@ -102,15 +102,15 @@ class OpenAIRoute(KeyedRoute):
 
 
 def documented(*codes: Code) -> Responses:
-    """Describe the refusals of a route."""
+    """Return the OpenAPI description of a route's refusals."""
     return described(OpenAIErrorAnswer, ["error"], [(code.status, _example(code)) for code in codes])
 
 
 def documented_with_failures(*codes: Code) -> Responses:
-    """Describe the refusals of a route, and what jobs fail of."""
+    """Return the OpenAPI description of a route's refusals and of job failures."""
     refused = {code.name for code in codes}
     failed = [
-        (_status(code), OpenAIError.of(_status(code), code, "What the status of the request says.", {}))
+        (_status(code), OpenAIError.of(_status(code), code, "The `error` in the status of the request.", {}))
         for code in FailureCode
         if code not in refused
     ]
@@ -138,12 +138,12 @@ def _invalid(invalid: RequestValidationError) -> JSONResponse:
     return _answer(code.status, OpenAIError.of(code.status, code.name, message, {"errors": errors}, param))
 
 
-def _unmade(unmade: Unmade) -> JSONResponse:
-    message = f"{unmade.message} (request {unmade.request_id})"
-    error = OpenAIError.of(unmade.status, unmade.code, message, {"request_id": unmade.request_id})
-    # OpenAI's clients send again whatever ends in a 409 or 5xx, which would make another job.
-    headers = {"X-Request-Id": unmade.request_id, "X-Should-Retry": "false"}
-    return _answer(unmade.status, error, headers)
+def _no_pictures(outcome: NoPictures) -> JSONResponse:
+    message = f"{outcome.message} (request {outcome.request_id})"
+    error = OpenAIError.of(outcome.status, outcome.code, message, {"request_id": outcome.request_id})
+    # OpenAI's clients retry after a 409 or 5xx, which would make another job.
+    headers = {"X-Request-Id": outcome.request_id, "X-Should-Retry": "false"}
+    return _answer(outcome.status, error, headers)
 
 
 def _answer(status: int, error: OpenAIError, headers: Mapping[str, str] | None = None) -> JSONResponse:

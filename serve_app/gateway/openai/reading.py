@@ -1,6 +1,6 @@
-"""How bodies of OpenAI's clients are read: JSON; and forms, with files and with fields of fields in brackets.
+"""Reads the bodies of OpenAI's clients: JSON, and forms with files and nested fields in brackets.
 
-Not by FastAPI, which holds a body until the answer: here the end of a job is waited for in between.
+FastAPI does not read them, because it keeps a body in memory until the response: these routes wait for a job.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from serve_app.gateway.shared import Parts
 from serve_app.wire.refusals import Refusal
 
 MAX_FILES = 16
-"""As many images as OpenAI takes."""
+"""OpenAI's limit."""
 
 MAX_FIELDS = 100
 
 _NAME = re.compile(r"(\w+)(\[\])?(?:\[(\w+)\])?(\[\])?")
-"""`seed`, `image[]`, `loras[][path]`, `webhook[url]`, `webhook[events][]`."""
+"""Matches `seed`, `image[]`, `loras[][path]`, `webhook[url]`, `webhook[events][]`."""
 
 _NESTED = ("loras", "webhook")
-"""Fields that are no single value; they may also come as JSON."""
+"""Fields with nested values. They may also be sent as JSON."""
 
 
 async def read_generation(request: Request) -> ImageGeneration:
-    """Return the JSON body of a generation. Raises `Refusal`, and `RequestValidationError` as FastAPI."""
-    # Forms of other sites' pages come with other types.
+    """Return the JSON body of a generation. Raises `Refusal`, or `RequestValidationError` like FastAPI."""
+    # Without this check, forms on other sites could submit requests (CSRF): they have other types.
     if "json" not in request.headers.get("Content-Type", ""):
         raise _invalid("Content-Type must be application/json")
     try:
@@ -50,7 +50,7 @@ async def read_generation(request: Request) -> ImageGeneration:
 
 
 async def read_edit(request: Request, parts: Parts) -> ImageEdit:
-    """Return the body of an edit, a form. Raises as `read_generation`."""
+    """Return the form body of an edit. Raises as `read_generation` does."""
     try:
         async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS) as form:
             return await parts.run(partial(_read, form), parts.pictures)
@@ -63,14 +63,14 @@ async def read_edit(request: Request, parts: Parts) -> ImageEdit:
 
 
 def described(model: type[ImageGeneration], media_type: str) -> dict[str, Any]:
-    """Return the `openapi_extra` of a route that reads its body itself; parts are those of other routes."""
+    """Return the `openapi_extra` of a route that reads its body itself, with references to nested schemas."""
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     schema.pop("$defs")
     return {"requestBody": {"required": True, "content": {media_type: {"schema": schema}}}}
 
 
 def described_form(model: type[ImageEdit]) -> dict[str, Any]:
-    """As `described`, of a form: it has files, and no null."""
+    """Do the same for a form, which has files but no null."""
     extra = described(model, "multipart/form-data")
     schema = extra["requestBody"]["content"]["multipart/form-data"]["schema"]
     schema["properties"]["image"]["items"]["contentMediaType"] = "application/octet-stream"
@@ -90,12 +90,12 @@ def _read(form: FormData) -> ImageEdit:
         if name is not None:
             _put(fields, name, form.getlist(key))
         else:
-            fields[key] = None  # Unknown, and told so.
+            fields[key] = None  # Unknown, and listed in `warnings`.
     return ImageEdit.model_validate(fields)
 
 
 def _put(fields: dict[str, Any], name: re.Match[str], sent: Sequence[str | UploadFile]) -> None:
-    """Put the values of one key where its brackets say; a list's items come field by field."""
+    """Store the values of one key at the place that its brackets name. List items arrive field by field."""
     field, listed, inner, inner_listed = name.groups()
     values = [_text(value) for value in sent]
     if inner is None:
@@ -103,13 +103,13 @@ def _put(fields: dict[str, Any], name: re.Match[str], sent: Sequence[str | Uploa
     elif listed:
         items = fields.setdefault(field, [{} for _ in values])
         if not isinstance(items, list) or [type(item) for item in items] != [dict] * len(values):
-            raise _invalid(f"{field}: send JSON where not every item has the same fields")
+            raise _invalid(f"{field}: send JSON if not every item has the same fields")
         for item, value in zip(items, values, strict=True):
             item[inner] = value
     else:
         part = fields.setdefault(field, {})
         if not isinstance(part, dict):
-            raise _invalid(f"{field}: send it once")
+            raise _invalid(f"{field}: send this field only once")
         part[inner] = values if inner_listed else values[-1]
 
 

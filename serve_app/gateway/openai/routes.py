@@ -1,4 +1,4 @@
-"""`POST /v1/images/generations` and `/v1/images/edits`: submit, wait, answer with the pictures."""
+"""`POST /v1/images/generations` and `/v1/images/edits`: submit a request, wait, return the pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cluster.objects.store import StoreError
 from deployments.catalog import CATALOG
 from serve_app.gateway.auth import Tenant
 from serve_app.gateway.openai.bodies import NUMBERED, ImageAnswer, ImageEdit, ImageGeneration, ImagesAnswer
-from serve_app.gateway.openai.errors import OpenAIRoute, Unmade, documented_with_failures
+from serve_app.gateway.openai.errors import NoPictures, OpenAIRoute, documented_with_failures
 from serve_app.gateway.openai.reading import described, described_form, read_edit, read_generation
 from serve_app.gateway.shared import Parts, Shared
 from serve_app.gateway.submission import IdempotencyKey, check_key, submit
@@ -23,7 +23,7 @@ from serve_app.wire.answers import Outputs, ResultAnswer, StatusAnswer
 from serve_app.wire.refusals import SUBMISSION, Code, Refusal
 
 WAIT_S = 300.0
-"""How long an answer may take unless the request says otherwise: OpenAI's client gives up after 600 s."""
+"""Default longest wait for the pictures, in seconds. OpenAI's client gives up after 600 s."""
 
 MAX_WAIT_S = 600.0
 
@@ -32,7 +32,7 @@ images = APIRouter(prefix="/v1/images", route_class=OpenAIRoute)
 
 @dataclass(frozen=True)
 class _Call:
-    """What both routes get beside the body."""
+    """The parameters of both routes, except the body."""
 
     request: Request
     tenant: str
@@ -48,7 +48,9 @@ async def _call(
     idempotency_key: IdempotencyKey = None,
     wait: Annotated[
         float,
-        Query(ge=0, le=MAX_WAIT_S, allow_inf_nan=False, description="Longest time to answer, in seconds."),
+        Query(
+            ge=0, le=MAX_WAIT_S, allow_inf_nan=False, description="Longest wait for the pictures, in seconds."
+        ),
     ] = WAIT_S,
 ) -> _Call:
     check_key(idempotency_key)
@@ -74,7 +76,7 @@ _REFUSALS = documented_with_failures(
     openapi_extra=described(ImageGeneration, "application/json"),
 )
 async def generate_images(call: Call, response: Response) -> ImagesAnswer:
-    """Make pictures of a prompt, and answer when they are there."""
+    """Make pictures from a prompt, and return them when they are ready."""
     return await _wait(await _submit(await read_generation(call.request), call), call, response)
 
 
@@ -85,44 +87,44 @@ async def generate_images(call: Call, response: Response) -> ImagesAnswer:
     openapi_extra=described_form(ImageEdit),
 )
 async def edit_images(call: Call, response: Response) -> ImagesAnswer:
-    """Make pictures of a prompt and of up to three images, and answer when they are there."""
+    """Make pictures from a prompt and up to three images, and return them when they are ready."""
     return await _wait(await _submit(await read_edit(call.request, call.parts), call), call, response)
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What is left of a request that is stored."""
+class _Stored:
+    """What a route keeps of a stored request; `embedded` asks for `b64_json` instead of URLs."""
 
     request_id: str
     embedded: bool
 
 
-async def _submit(body: ImageGeneration, call: _Call) -> _Asked:
+async def _submit(body: ImageGeneration, call: _Call) -> _Stored:
     """Store the request. Raises `Refusal` and the stores' errors."""
     if body.model in CATALOG and CATALOG[body.model].video:
         raise Refusal(Code.IMAGE_MODEL_REQUIRED, model=body.model)
     if isinstance(body, ImageEdit):
         _check_takes_images(body)
     job = await submit(body.inference_request(), call.key, call.tenant, call.parts)
-    return _Asked(job.id, body.response_format == "b64_json")
+    return _Stored(job.id, body.response_format == "b64_json")
 
 
-async def _wait(asked: _Asked, call: _Call, response: Response) -> ImagesAnswer:
-    """Wait without a thread, then answer. Raises `Unmade`."""
-    response.headers["X-Request-Id"] = asked.request_id
+async def _wait(stored: _Stored, call: _Call, response: Response) -> ImagesAnswer:
+    """Wait without a thread, then return the pictures. Raises `NoPictures`."""
+    response.headers["X-Request-Id"] = stored.request_id
     try:
-        read = partial(_status, asked.request_id, call.parts)
-        told = await call.parts.when_ended(read, asked.request_id, call.wait_s)
-        if told.status is not JobState.SUCCEEDED:
-            raise Unmade(asked.request_id, told)
-        return await call.parts.run(partial(_answer, asked, call.parts))
+        read = partial(_status, stored.request_id, call.parts)
+        status = await call.parts.when_ended(read, stored.request_id, call.wait_s)
+        if status.status is not JobState.SUCCEEDED:
+            raise NoPictures(stored.request_id, status)
+        return await call.parts.run(partial(_answer, stored, call.parts))
     except (StoreUnavailable, StoreError):
-        # The job is there, so this must not read as if it might be sent again.
-        raise Unmade(asked.request_id, None) from None
+        # The job is stored, so the client must not retry as it would after STORE_UNAVAILABLE.
+        raise NoPictures(stored.request_id, None) from None
 
 
 def _check_takes_images(body: ImageEdit) -> None:
-    """Refuse images that the model would not look at. An unknown model is refused later."""
+    """Refuse more images than the model uses. An unknown model is refused later."""
     if body.model not in CATALOG:
         return
     row = CATALOG[body.model].sampled(body.sampling or "reference")
@@ -142,12 +144,12 @@ def _status(request_id: str, parts: Parts) -> StatusAnswer:
     return StatusAnswer.of(_job(request_id, parts), None)
 
 
-def _answer(asked: _Asked, parts: Parts) -> ImagesAnswer:
-    job, recorded = _job(asked.request_id, parts), parts.queue.outputs(asked.request_id)
+def _answer(stored: _Stored, parts: Parts) -> ImagesAnswer:
+    job, recorded = _job(stored.request_id, parts), parts.queue.outputs(stored.request_id)
     made = Outputs.of(recorded, parts.store, parts.settings.base_url).images
     data = [
         ImageAnswer(seed=image.seed, b64_json=base64.b64encode(parts.store.get(output["key"])).decode())
-        if asked.embedded
+        if stored.embedded
         else ImageAnswer(seed=image.seed, url=image.url)
         for image, output in zip(made, recorded, strict=True)
     ]

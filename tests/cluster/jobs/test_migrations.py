@@ -54,7 +54,7 @@ def test_what_the_first_revision_stored_is_still_there(url: str) -> None:
     old |= {"model": "flux", "adapter": "a", "tenant": "t", "created_at": 1.0, "lease_until": 2.0}
     with database.alone() as connection:
         config = Config()
-        config.set_main_option("script_location", "cluster:migrations")
+        config.set_main_option("script_location", "cluster.jobs:migrations")
         config.attributes["connection"] = connection
         command.upgrade(config, "0001")
         connection.execute(insert(jobs).values(**old, not_before=0.0, cancel_requested=False))

@@ -176,7 +176,7 @@ def test_a_lora_is_the_one_file_of_its_repository(tmp_path: Path) -> None:
         (folder / name).touch()
     assert Checkpoints(tmp_path, None).locate_lora(checkpoint) == folder / "any_name.safetensors"
     (folder / "another.safetensors").touch()
-    with pytest.raises(JobFailure, match=r"org/name: not one \.safetensors file"):
+    with pytest.raises(JobFailure, match=r"org/name: expected exactly one \.safetensors file"):
         Checkpoints(tmp_path, None).locate_lora(checkpoint)
 
 

@@ -93,9 +93,9 @@ def test_too_many_pixels_are_refused_before_decoding() -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "no PNG"),
-        (b"<html></html>", "no PNG"),
-        (saved(Image.new("RGB", (9, 9)), "TIFF"), "no PNG"),
+        (b"", "not a PNG"),
+        (b"<html></html>", "not a PNG"),
+        (saved(Image.new("RGB", (9, 9)), "TIFF"), "not a PNG"),
         (saved(Image.fromarray(PIXELS), "PNG")[:-60], "damaged"),
         (saved(Image.fromarray(PIXELS), "JPEG")[:-60], "damaged"),
     ],

@@ -109,7 +109,7 @@ def test_of_a_whole_checkpoint_what_draws_is_loaded(studio: Callable[[str], Stud
     """The real one is a Qwen3-VL with a vision tower and `lm_head`, and O1's own tensors beside them."""
     materialize(GOLDEN / "checkpoint", tmp_path, Qwen3VLForConditionalGeneration)
     file = tmp_path / "model.safetensors"
-    with pytest.raises(ValueError, match=r"no HiDream-O1: it lacks model\.final_layer2"):
+    with pytest.raises(ValueError, match=r"not HiDream-O1: it lacks model\.final_layer2"):
         PixelTransformer.from_pretrained(tmp_path)
     drawing = studio("hidream_o1").engine._pipeline.transformer.state_dict()
     save_file(load_file(file) | drawing, file, metadata={"format": "pt"})

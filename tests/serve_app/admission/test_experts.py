@@ -72,5 +72,5 @@ def test_one_that_takes_an_image_or_none_ignores_several(fresh: Service) -> None
     one, other = base64_png(), base64_png(32, 32)
     assert controls() == (0, [])
     assert controls(ctrl_img=one) == controls(ctrl_img_2=one, ctrl_img=other) == (1, [])
-    warning = "wan22_5b takes at most 1 for a prompt; those sent were ignored."
+    warning = "Control images were ignored: wan22_5b takes at most 1 per prompt."
     assert controls(ctrl_img_1=one, ctrl_img_2=other) == (0, [warning])

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from cluster.jobs.model import JobState
-from serve_app import batch as batch_module
+from serve_app.batch import batch as batch_module
 from serve_app.batch.batch import Batch
 from serve_app.client import LoraServe, Refused
 from tests.serve_app.conftest import Service, base64_png, png, serving
@@ -127,7 +127,7 @@ def test_a_refused_row_is_named(fresh: Service, client: LoraServe) -> None:
 
 
 def test_columns_that_no_request_has_are_told(fresh: Service, client: LoraServe) -> None:
-    with pytest.warns(UserWarning, match="left out: hight, note"):
+    with pytest.warns(UserWarning, match="ignored unknown columns: hight, note"):
         Batch(client).submit([{"prompt": "a", "note": 1, "hight": 2}], model="flux", lora="style.safetensors")
 
 
@@ -144,7 +144,7 @@ def test_cancel_and_an_unknown_batch(fresh: Service, client: LoraServe) -> None:
 def test_wait_shows_progress_and_gives_up_in_time(
     fresh: Service, client: LoraServe, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_module, "LOOK_S", 0.05)
+    monkeypatch.setattr(batch_module, "POLL_S", 0.05)
     batch = Batch(client).submit(ROWS, **GRID)
     work(fresh, 2, failing=1)
     assert batch.wait(timeout_s=0.3).ended == 2
@@ -158,7 +158,7 @@ def test_wait_shows_progress_and_gives_up_in_time(
 
 
 def test_a_full_queue_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_module, "LOOK_S", 0.05)
+    monkeypatch.setattr(batch_module, "POLL_S", 0.05)
     with (
         serving(tmp_path, max_queued=4) as service,
         # Retry-After is 10 s: this patience is up long before.

@@ -61,7 +61,7 @@ def test_a_file_that_is_no_table(tmp_path: Path, name: str, text: str, said: str
 
 @pytest.mark.parametrize("table", [7, ["a fox"], [("prompt", "a fox")]])
 def test_what_is_no_table(table: object) -> None:
-    with pytest.raises(ValueError, match="a table is"):
+    with pytest.raises(ValueError, match="a table must be"):
         read_rows(table)
 
 
@@ -109,5 +109,5 @@ def test_what_no_request_has() -> None:
     picture = Image.new("RGB", (8, 8))
     (request,) = requests_of([{"prompt": "a", "note": "x", "ctrl_img": picture}])
     assert request["prompts"] == [{"prompt": "a", "ctrl_img": picture}]
-    with pytest.raises(ValueError, match="no such column: hight"):
+    with pytest.raises(ValueError, match="unknown columns: hight"):
         requests_of([{"prompt": "a"}], hight=64)

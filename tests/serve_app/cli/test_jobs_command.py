@@ -68,9 +68,9 @@ def test_cancel(queue: JobQueue) -> None:
     assert result.exit_code == 1
     assert result.output.splitlines() == [
         f"{waiting.id}  canceled",
-        f"{running.id}  stops",
-        f"{ended}  it has ended: failed",
-        "nothing  there is no such job",
+        f"{running.id}  stopping",
+        f"{ended}  it has already ended: failed",
+        "nothing  no such job",
     ]
 
 
@@ -78,7 +78,8 @@ def test_a_failed_job_is_queued_again_as_another(queue: JobQueue) -> None:
     broken = failed(queue)
     (waiting,) = submit(queue, "b")
     result = run("requeue", broken, waiting.id)
-    assert result.exit_code == 1 and f"{waiting.id}  it has not failed: in_queue" in result.output
+    assert result.exit_code == 1
+    assert f"{waiting.id}  only failed jobs can be requeued, this one is in_queue" in result.output
     again = queue.get(result.output.split("queued again as ")[1].split()[0])
     before = queue.get(broken)
     assert again is not None and before is not None

@@ -147,14 +147,14 @@ def _picture(nodes: Nodes, client: httpx.Client, job_id: str) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "told"),
+    ("variable", "value", "message"),
     [
         ("JOBS_URL", "sqlite:///var/jobs.db", r"set JOBS_URL to postgresql://"),
         ("OUTPUT_BASE_PATH", "file://var/outputs", r"set OUTPUT_BASE_PATH to s3://"),
     ],
 )
 def test_what_lives_on_one_disk_refuses_several_nodes(
-    nodes: Nodes, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, told: str
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
 ) -> None:
     monkeypatch.setenv(variable, value)
     builds: list[Callable[[], object]] = [
@@ -164,7 +164,7 @@ def test_what_lives_on_one_disk_refuses_several_nodes(
     ray.init(address=nodes.address, log_to_driver=False)
     try:
         for build in builds:
-            with pytest.raises(RuntimeError, match=told):
+            with pytest.raises(RuntimeError, match=message):
                 build()
         monkeypatch.undo()
         for build in builds:

@@ -212,5 +212,5 @@ def test_known_fields_bring_no_warning(service: Service) -> None:
 def test_control_images_for_a_model_without_are_ignored_with_a_warning(service: Service) -> None:
     before = service.stored[1]
     answer = service.post(body(prompt={"ctrl_img": base64_png(), "ctrl_img_1": "http://169.254.169.254/"}))
-    assert answer.json()["warnings"] == ["flux takes no control images; those sent were ignored."]
+    assert answer.json()["warnings"] == ["Control images were ignored: flux takes none."]
     assert service.stored[1] == before

@@ -1,4 +1,4 @@
-"""The job queue: jobs, their outputs and events, the replicas and what they hold."""
+"""Creates the job queue: jobs, their outputs and events, the replicas and the adapters they hold."""
 
 from __future__ import annotations
 

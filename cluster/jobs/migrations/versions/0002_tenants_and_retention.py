@@ -1,4 +1,4 @@
-"""Secrets of jobs, the jobs of one tenant, jobs by their end; PostgreSQL keeps room for changes of rows."""
+"""Adds secrets, indexes by tenant and by end time, and storage settings for updates in PostgreSQL."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def upgrade() -> None:
     op.create_index("jobs_by_tenant", "jobs", ["tenant", "state", "seq"])
     op.create_index("jobs_by_end", "jobs", ["finished_at"])
     if op.get_bind().dialect.name == "postgresql":
-        # A heartbeat changes no indexed column: with room in its page it touches no index. Dead versions of
-        # rows go early, because claims walk past them at the head of the queue.
+        # A heartbeat changes no indexed column, so with free space in the page it updates no index. Vacuum
+        # early, because claims walk past dead row versions at the head of the queue.
         op.execute(
             "ALTER TABLE jobs SET (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02,"
             " autovacuum_vacuum_insert_scale_factor = 0.02, autovacuum_analyze_scale_factor = 0.02)"

@@ -1,4 +1,4 @@
-"""Webhooks: where a job's end is told, and when it is due."""
+"""Adds webhooks: the URL to notify when a job ends, and when that is due."""
 
 from __future__ import annotations
 

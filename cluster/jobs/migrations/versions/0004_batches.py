@@ -1,4 +1,4 @@
-"""Batches: which jobs were submitted together; an index for those jobs alone."""
+"""Adds the batch of a job, and an index for jobs that have one."""
 
 from __future__ import annotations
 

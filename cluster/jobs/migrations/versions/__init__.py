@@ -1,1 +1,1 @@
-"""One module per revision, named by its number."""
+"""The migrations: one module per revision, named by its number."""
