@@ -23,6 +23,7 @@ from serve_app.background.job_changes import View
 from serve_app.gateway.auth import SCHEME, KeyedRoute, Tenant, open_keys
 from serve_app.gateway.batch_routes import batches
 from serve_app.gateway.body_bounds import BoundedRoute
+from serve_app.gateway.error_handlers import install_handlers
 from serve_app.gateway.event_stream import DOCUMENTED, EventStream, check_event_id, events_since
 from serve_app.gateway.listing import MAX_LIMIT, read_page
 from serve_app.gateway.openai.errors import documented as documented_as_openai
@@ -43,15 +44,8 @@ from serve_app.wire.answers import (
     SubmitAnswer,
 )
 from serve_app.wire.openapi import DescribedApp
-from serve_app.wire.refusals import (
-    INSPECTION,
-    SUBMISSION,
-    Code,
-    Refusal,
-    Responses,
-    documented,
-    install_handlers,
-)
+from serve_app.wire.openapi_errors import Responses, documented
+from serve_app.wire.refusals import INSPECTION, SUBMISSION, Code, Refusal
 from serve_app.wire.requests import UUID, InferenceRequest, InspectRequest
 
 logger = logging.getLogger(__name__)

@@ -27,7 +27,8 @@ from serve_app.wire.batch_answers import (
     BatchRetryAnswer,
     BatchSubmitAnswer,
 )
-from serve_app.wire.refusals import Code, Refusal, documented
+from serve_app.wire.openapi_errors import documented
+from serve_app.wire.refusals import Code, Refusal
 from serve_app.wire.requests import MAX_ITEMS, UUID, BatchRequest
 
 MOST_ERRORS = 20

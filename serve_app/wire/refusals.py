@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum, Flag, auto
-from http import HTTPStatus
-from typing import Any, TypeAlias
+from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi import HTTPException
 from pydantic import BaseModel
-
-from cluster.failures import StoreUnavailable
-from cluster.objects.store import StoreError
-
-logger = logging.getLogger(__name__)
 
 
 class Route(Flag):
@@ -251,94 +241,3 @@ class Refusal(HTTPException):
             detail=ErrorDetail(error=error).model_dump(),
             headers=_HEADERS.get(code),
         )
-
-
-Responses: TypeAlias = dict[int | str, dict[str, Any]]
-"""The type of FastAPI's `responses` of a route."""
-
-
-def documented(*codes: Code) -> Responses:
-    """Return the OpenAPI description of a route's refusals."""
-    refusals = [(code.status, Error(code=code.name, message=code.message, details={})) for code in codes]
-    return described(ErrorAnswer, ("detail", "error"), refusals)
-
-
-def described(
-    model: type[BaseModel], path: Sequence[str], errors: Iterable[tuple[int, BaseModel]]
-) -> Responses:
-    """Describe errors by status, with codes and examples. A body of `model` holds its error at `path`."""
-    schema_path = [key for name in (*path, "code") for key in ("properties", name)]
-    by_status: dict[int, dict[str, Any]] = {}
-    for status, error in errors:
-        fields = error.model_dump()
-        by_status.setdefault(status, {})[fields["code"]] = {"value": _nested(path, fields)}
-    return {
-        status: {
-            "model": model,
-            "description": HTTPStatus(status).phrase,
-            "content": {
-                "application/json": {
-                    "schema": _nested(schema_path, {"enum": list(examples)}),
-                    "examples": examples,
-                }
-            },
-        }
-        for status, examples in by_status.items()
-    }
-
-
-def _nested(path: Sequence[str], leaf: Any) -> Any:  # noqa: ANN401 - any JSON
-    """Return `leaf` wrapped in one object for each name of `path`."""
-    return {path[0]: _nested(path[1:], leaf)} if path else leaf
-
-
-def install_handlers(app: FastAPI) -> None:
-    """Make `app` answer every error with the bodies of this module."""
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(StoreUnavailable, _store_unavailable)
-    app.add_exception_handler(StoreError, _store_unavailable)
-    app.add_exception_handler(Exception, _internal)
-
-
-def _invalid(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this type
-    return JSONResponse({"detail": safe_errors(error.errors())}, status_code=422)
-
-
-def safe_errors(errors: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return pydantic's errors without values that may be secret, large or not JSON.
-
-    `input` is echoed only if it is an ordinary number, a boolean or null: a string may be a prompt or
-    a token.
-    """
-    return [
-        {
-            "type": error["type"],
-            "loc": list(error["loc"]),
-            "msg": error["msg"],
-            **({"input": error["input"]} if _harmless(error) else {}),
-            **({"ctx": error["ctx"]} if error.get("ctx") else {}),
-        }
-        for error in errors
-    ]
-
-
-def _harmless(error: Mapping[str, Any]) -> bool:
-    value = error.get("input")
-    # This is also false for NaN.
-    ordinary = value is None or (isinstance(value, int | float) and -(2**64) <= value <= 2**64)
-    return "input" in error and ordinary and "hf_token" not in error["loc"]
-
-
-def _store_unavailable(_: Request, error: Exception) -> JSONResponse:
-    logger.warning("store unavailable: %s", error)
-    return _answer(Refusal(Code.STORE_UNAVAILABLE))
-
-
-def _internal(_: Request, error: Exception) -> JSONResponse:
-    # Not logged here: Starlette raises the error again after this handler, and the server logs the traceback.
-    return _answer(Refusal(Code.INTERNAL_ERROR))
-
-
-def _answer(refusal: Refusal) -> JSONResponse:
-    return JSONResponse({"detail": refusal.detail}, status_code=refusal.status_code, headers=refusal.headers)

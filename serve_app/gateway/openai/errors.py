@@ -15,8 +15,10 @@ from cluster.failures import FailureCode, StoreUnavailable
 from cluster.jobs.model import JobState
 from cluster.objects.store import StoreError
 from serve_app.gateway.auth import KeyedRoute
+from serve_app.gateway.error_handlers import safe_errors
 from serve_app.wire.answers import StatusAnswer
-from serve_app.wire.refusals import Code, Refusal, Responses, described, safe_errors
+from serve_app.wire.openapi_errors import Responses, described
+from serve_app.wire.refusals import Code, Refusal
 
 logger = logging.getLogger(__name__)
 
