@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import httpx
 import ray
 from ray import serve
 from ray.serve import Application
 
-from cluster.databases.database import jobs_url
+from cluster.databases import database
+from cluster.objects import opening
 from cluster.telemetry import configure_logging
 from deployments.worker.replica import Worker
 from serve_app.deployment_options import GATEWAY_OPTIONS, worker_options
@@ -103,12 +103,12 @@ def _refuse_several_nodes(settings: Settings) -> None:
     """Refuse local storage in a cluster of several nodes: each node would see only its own disk."""
     if not ray.is_initialized() or sum(node["Alive"] for node in ray.nodes()) < 2:
         return
-    if urlsplit(jobs_url(settings.jobs)).scheme.startswith("sqlite"):
+    if not database.is_shared(database.jobs_url(settings.jobs)):
         raise RuntimeError(
             "SQLite works on one node only; for several nodes, "
             "set JOBS_URL to postgresql://USER:PASSWORD@HOST/DATABASE"
         )
-    if not settings.outputs.startswith("s3://"):
+    if not opening.is_shared(settings.outputs):
         raise RuntimeError(
             "a local output directory works on one node only; for several nodes, "
             "set OUTPUT_BASE_PATH to s3://BUCKET/PREFIX"

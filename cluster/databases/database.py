@@ -101,6 +101,11 @@ def open_database(url: str) -> Database:
     return SqliteDatabase(Path(parsed.database).absolute())
 
 
+def is_shared(url: str) -> bool:
+    """Return whether all nodes can use the table at `url`; an SQLite file is of one machine."""
+    return not url.startswith("sqlite")
+
+
 def notify_watches(connection: Connection) -> None:
     """Wake all watches on the table when this transaction commits. SQLite's watches poll instead."""
     if connection.dialect.name == "postgresql":

@@ -23,3 +23,8 @@ def open_store(url: str) -> ObjectStore:
     if (separator and scheme != "file") or not path:
         raise ValueError("outputs go to a directory or to S3: use file://PATH, a path, or s3://BUCKET/PREFIX")
     return DirectoryStore(Path(path))
+
+
+def is_shared(url: str) -> bool:
+    """Return whether all nodes see the same objects at `url`; a directory is of one machine."""
+    return "://" in url and not url.startswith("file://")

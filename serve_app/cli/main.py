@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from deployments.catalog import CATALOG
+from deployments.spec.formats import FileFormat
 from serve_app.cli import batch, jobs, requests
 from serve_app.settings import RenderArgs, Settings
 
@@ -23,16 +23,6 @@ app.add_typer(jobs.app, name="jobs")
 app.add_typer(batch.app, name="batch")
 for command in (requests.submit, requests.get, requests.cancel):
     app.command()(command)
-
-
-class FileFormat(StrEnum):
-    """Output formats of `render`: `npy` is raw pixels and sound, the others are encoded."""
-
-    NPY = "npy"
-    PNG = "png"
-    JPEG = "jpeg"
-    WEBP = "webp"
-    MP4 = "mp4"
 
 
 @app.command()
@@ -78,7 +68,7 @@ def render(
     loras: Annotated[
         Path | None, typer.Option(help="Directory that LoRA paths in requests are relative to.")
     ] = None,
-    file_format: Annotated[FileFormat, typer.Option("--format", help="Output format.")] = FileFormat.NPY,
+    file_format: Annotated[FileFormat, typer.Option("--format", help="Output format.")] = "npy",
     device: Annotated[str | None, typer.Option(help="Device: auto, cuda or cpu.")] = None,
 ) -> None:
     """Render requests in this process, without Ray. Write the outputs and a manifest of each request."""
@@ -95,7 +85,7 @@ def render(
     settings = RenderArgs().model_copy(
         update={key: value for key, value in given.items() if value is not None}
     )
-    raise typer.Exit(render_files(requests, settings, out, file_format.value))
+    raise typer.Exit(render_files(requests, settings, out, file_format))
 
 
 @app.command()

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
@@ -24,13 +24,11 @@ from deployments.engine.job import Rendered, Report, Unwatched, render_job
 from deployments.engine.media import save
 from deployments.loras.sources.loras import Loras
 from deployments.settings import RenderSettings
-from deployments.spec.formats import FILE_TYPES, OutputFormat
+from deployments.spec.formats import FILE_TYPES, FileFormat
 from serve_app.admission.admit import admit, check_format
 from serve_app.settings import RenderArgs
 from serve_app.wire.refusals import Refusal
 from serve_app.wire.requests import InferenceRequest
-
-FileFormat: TypeAlias = OutputFormat | Literal["npy"]
 
 
 def render_files(files: Sequence[Path], settings: RenderArgs, out: Path, file_format: FileFormat) -> int:

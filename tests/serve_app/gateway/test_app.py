@@ -252,8 +252,8 @@ def test_models_lists_the_catalogue(service: Service) -> None:
         "transformers": [],
         "resolutions": ["Default"],
         "options": {},
-        "preview_differs": "`ctrl_img` wins over the numbered control images;"
-        " it is resized twice for sizes that are no multiples of 16.",
+        "preview_differs": "`ctrl_img` wins over the numbered control images."
+        " For sizes that are not multiples of 16, it is resized twice.",
     }
 
 
