@@ -1,4 +1,4 @@
-"""Where things are and how to render: settings of everything that runs a pipeline; the environment wins."""
+"""Settings of everything that runs a pipeline: paths, limits, how to render. The environment wins."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from deployments.catalog import CATALOG
 Models = TypeVar("Models", bound=Iterable[str])
 
 
-def _split(value: Any) -> Any:  # noqa: ANN401 - whatever the file holds, validated after this
-    """Split what the environment holds: names separated by commas."""
+def _split(value: Any) -> Any:  # noqa: ANN401 - any value of the config file, validated later
+    """Split the comma-separated names of an environment variable."""
     if not isinstance(value, str):
         return value
     return tuple(name.strip() for name in value.split(",") if name.strip())
@@ -28,10 +28,10 @@ def _are_hosts(value: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def are_models(value: Models) -> Models:
-    """Return `value` if it holds ids of the catalogue only; raises `ValueError` otherwise."""
+    """Return `value`. Raises `ValueError` if it contains an id that is not in the catalogue."""
     unknown = [model for model in value if model not in CATALOG]
     if unknown:
-        raise ValueError(f"no such model: {', '.join(unknown)}; there are {', '.join(CATALOG)}")
+        raise ValueError(f"no such model: {', '.join(unknown)}; choose from {', '.join(CATALOG)}")
     return value
 
 
@@ -39,24 +39,24 @@ Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 
 
 class RenderSettings(BaseSettings):
-    """Where things are and how to render; shared by gateway, workers and `lora-serve render`.
+    """Settings shared by gateway, workers and `lora-serve render`.
 
-    Every default works on one machine as it stands. Relative paths start at the working directory. A token
-    for gated repositories is no setting: huggingface_hub reads `HF_TOKEN` from the environment by itself.
+    Every default works on a single machine. Relative paths start at the working directory. The token for
+    gated repositories is not a setting, since huggingface_hub reads `HF_TOKEN` from the environment itself.
     """
 
     model_config = SettingsConfigDict(
         extra="forbid", frozen=True, case_sensitive=True, env_ignore_empty=True, populate_by_name=True
     )
 
-    # Serve logs these arguments: a URL with a password goes into `JOBS_URL`, which wins where it is opened.
+    # Ray Serve logs these arguments, so a URL with a password belongs in `JOBS_URL`, which overrides this.
     jobs: Annotated[str, Field(repr=False)] = "sqlite:///var/jobs.db"
     outputs: Annotated[str, Field(validation_alias="OUTPUT_BASE_PATH")] = "file://var/outputs"
     loras: Annotated[Path, Field(validation_alias="WORKFLOWS_BASE_PATH")] = Path("var/loras")
     lora_cache: Annotated[Path, Field(validation_alias="LORA_DOWNLOAD_CACHE_DIR")] = Path("var/lora_cache")
     lora_cache_bytes: Annotated[int, Field(ge=0)] = 64 * 2**30
     max_lora_bytes: Annotated[int, Field(ge=1)] = 4 * 2**30
-    # Beside the public internet: `host` or `host:port` of private networks, and buckets of S3.
+    # Allowed besides the public internet: private hosts, as `host` or `host:port`, and S3 buckets.
     fetch_hosts: Annotated[
         Names, AfterValidator(_are_hosts), Field(validation_alias="FETCH_ALLOW_HOSTS")
     ] = ()
@@ -67,15 +67,15 @@ class RenderSettings(BaseSettings):
     offload: Annotated[
         Literal["none", "text", "model", "group", "sequential"], Field(validation_alias="OFFLOAD_MODE")
     ] = "none"
-    # By model id: decode in tiles what is larger than one.
+    # Model ids: these decode images larger than a tile in tiles.
     vae_tiling: Annotated[Names, AfterValidator(are_models), Field(validation_alias="VAE_TILING")] = ()
     inference_timeout_s: Annotated[float, Field(validation_alias="INFERENCE_TIMEOUT", gt=0)] = 3600.0
     max_image_pixels: Annotated[int, Field(ge=1)] = 2 * 4096 * 4096
 
     @field_validator("outputs")
     @classmethod
-    def _name_the_scheme(cls, value: str) -> str:
-        """Take a bare path too, as the reference does."""
+    def _add_file_scheme(cls, value: str) -> str:
+        """Accept a bare path too, as the reference server does."""
         return value if "://" in value else f"file://{value}"
 
     @classmethod
@@ -87,16 +87,16 @@ class RenderSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Put the environment before the arguments; no other source is read."""
+        """Let the environment override the arguments. No other source is read."""
         return env_settings, init_settings
 
 
 class WorkerSettings(RenderSettings):
-    """What the engine of a worker keeps to, and how long its lease is.
+    """Settings of a worker's engine, and the length of its lease in seconds.
 
-    `fuse_after` is by model id: after so many prompts in a row with the same LoRAs and multipliers, these are
-    fused with the weights. `compile` names the ids whose blocks are compiled, `compile_cache` where the node
-    keeps what was compiled.
+    `fuse_after` maps a model id to the number of prompts in a row with the same LoRAs and multipliers after
+    which these are fused into the weights. `compile` lists the model ids whose blocks are compiled, and
+    `compile_cache` is the directory where the node keeps the compiled code.
     """
 
     lease_s: Annotated[float, Field(gt=0)] = 30.0
@@ -108,7 +108,7 @@ class WorkerSettings(RenderSettings):
     compile_cache: Path = Path("var/compile_cache")
 
     @model_validator(mode="after")
-    def _change_what_stays(self) -> WorkerSettings:
+    def _forbid_offload(self) -> WorkerSettings:
         if (self.fuse_after or self.compile) and self.offload != "none":
-            raise ValueError("what is fused or compiled stays on the device: offload must be none")
+            raise ValueError("fused or compiled weights must stay on the device: offload must be none")
         return self

@@ -43,8 +43,8 @@ ROWS = (
         memory_gib={"transformer": 22.2, "text_encoder_2": 8.9, "text_encoder": 0.2, "vae": 0.16},
         licence="FLUX.1 [dev] Non-Commercial",
         preview=Preview(
-            differs="`ctrl_img` wins over the numbered control images; it is resized twice for sizes that are"
-            " no multiples of 16.",
+            differs="`ctrl_img` wins over the numbered control images. For sizes that are not multiples of"
+            " 16, it is resized twice.",
             fields={"divisor": 8, "control_images": ControlImages(least=1, most=1, choose=first)},
         ),
     ),

@@ -1,1 +1,1 @@
-"""What a job asks for, fully resolved: admission writes it into the job table, workers read it."""
+"""A job's resolved request. Admission writes it into the job table, and workers read it."""

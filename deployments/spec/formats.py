@@ -1,4 +1,4 @@
-"""The file formats of outputs: their names on the wire, extensions and content types."""
+"""The file formats of outputs: names on the wire, extensions and content types."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ ImageFormat = Literal["jpeg", "png", "webp"]
 VideoFormat = Literal["webp", "mp4"]
 
 OutputFormat = Literal[ImageFormat, VideoFormat]
+
+FileFormat = Literal["npy", OutputFormat]
+"""Formats of `lora-serve render`: `npy` is raw pixels and sound, the others are encoded."""
 
 FILE_TYPES: Mapping[OutputFormat, tuple[str, str]] = MappingProxyType(
     {

@@ -1,6 +1,6 @@
 """The spec of a job: one model, its LoRAs, and its prompts with every default resolved.
 
-It is stored as JSON, so rows of one version are read by workers of the next.
+It is stored as JSON. Workers of the next version must be able to read rows of this one.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from deployments.spec.lora_reference import StoredReference
 Resolution = Literal["Default", "High"]
 
 Sampling = Literal["reference", "preview"]
-"""As the reference server renders a request, or as the trainer renders its sample pictures."""
+"""How to sample: as the reference server renders requests, or as the trainer renders its sample images."""
 
 _WEB = re.compile(r"https?://", re.IGNORECASE)
 
 
 class LoraSpec(BaseModel):
-    """One LoRA of a job, and the weight it is applied with (-2..2).
+    """One LoRA of a job and its multiplier (-2..2).
 
-    `path` is stored as the reference's text, and parsed once when the spec is read. `sha256` is what the file
-    must have, in lower case hex.
+    `path` is stored as text and parsed once, when the spec is read. `sha256` is the hash that the file must
+    have, in lower-case hex. `transformer` says which of the model's two transformers it is for.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -40,14 +40,22 @@ class LoraSpec(BaseModel):
 
 
 class PromptSpec(BaseModel):
-    """One picture or video of a job, every default resolved; `controls` are store keys or URLs of images.
+    """One image or video of a job, with every default resolved.
 
-    Width and height are pixels, already floored to the model's divisor; `seed` is in [0, 2**64). `options`
-    are the model's own switches. `resolution` "High" doubles width and height. Videos have `num_frames` as
-    asked for, which the model's rule floors (its sound may last longer), and frames a second. The last four
-    are of previews: whether the second control image is for the text encoder only, and what a prompt's flags
-    say that has no field: the LoRAs' weight (-2..2), SDXL's guidance rescale (0..1), and the negative prompt
-    of its second text encoder where it is another.
+    - `width` and `height` are pixels, already rounded down to the model's divisor. `resolution` "High"
+      doubles both.
+    - `seed` is in [0, 2**64).
+    - `controls` are store keys or URLs of images.
+    - `num_frames` and `fps` (frames per second) are for videos. `num_frames` is the requested number, which
+      the model's rule rounds down; the sound may last longer.
+    - `options` are the model's own switches.
+
+    The last four fields are for previews:
+
+    - `second_is_shown_only`: only the text encoder gets the second control image.
+    - `multiplier`: the LoRAs' multiplier (-2..2), from a flag in the prompt, like the next two.
+    - `guidance_rescale`: SDXL's (0..1).
+    - `neg_2`: the negative prompt of SDXL's second text encoder, if it differs.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -84,7 +92,7 @@ class RenderSpec(BaseModel):
 
     @property
     def adapter(self) -> str:
-        """Key of the LoRA set. Multipliers, which change for free, and URL queries are not part of it."""
+        """Key of the LoRA set. It leaves out URL queries, and multipliers, which cost nothing to change."""
         return "|".join(f"{lora.transformer or ''}:{lora.path.public}" for lora in self.loras)
 
 
@@ -94,7 +102,7 @@ def bare(url: str) -> str:
 
 
 def split_secrets(spec: RenderSpec) -> tuple[RenderSpec, list[str]]:
-    """Take the queries out of a job's URLs; return them in order, or nothing if all are empty."""
+    """Return the spec without the queries of its URLs, and the queries in order ([] if all are empty)."""
     controls = [control for prompt in spec.prompts for control in prompt.controls]
     queries = [lora.path.query for lora in spec.loras]
     queries += [control.removeprefix(bare(control)) for control in controls]
@@ -102,21 +110,21 @@ def split_secrets(spec: RenderSpec) -> tuple[RenderSpec, list[str]]:
 
 
 def join_secrets(spec: RenderSpec, queries: Sequence[str]) -> RenderSpec:
-    """Put back what `split_secrets` took out."""
+    """Put back the queries that `split_secrets` removed."""
     return _with_queries(spec, chain(queries, repeat("")))
 
 
 def unseal(spec: RenderSpec, secret: str | None) -> tuple[RenderSpec, str | None]:
-    """Return a job as it was submitted, queries included, and its hub token.
+    """Return the spec as it was submitted, URL queries included, and the job's hub token.
 
-    `secret` is that of the job's row. Raises `JobFailure` (SECRET_UNREADABLE).
+    `secret` is the encrypted secret in the job's row. Raises `JobFailure` (SECRET_UNREADABLE).
     """
     secrets = open_secret(secret) if secret else {}
     return join_secrets(spec, secrets.get("queries", ())), secrets.get("hf_token")
 
 
 def _with_queries(spec: RenderSpec, queries: Iterator[str]) -> RenderSpec:
-    """Give each URL the next query, "?" included: first those of the LoRAs, then the control images'."""
+    """Give each URL the next query ("?" included): LoRAs first, then control images."""
     loras = tuple(
         lora.model_copy(update={"path": lora.path.with_query(next(queries))}) for lora in spec.loras
     )
@@ -130,7 +138,7 @@ def _with_queries(spec: RenderSpec, queries: Iterator[str]) -> RenderSpec:
 
 
 def without(text: str, token: str) -> str:
-    """Return a text without a token, not even where the removal of one would put another together."""
+    """Remove `token` from `text`, including occurrences that only a removal creates."""
     while token in text:
         text = text.replace(token, "")
     return text

@@ -1,6 +1,6 @@
 """References to LoRAs: paths below the LoRA root, web URLs, files on the Hugging Face hub, objects in S3.
 
-A reference is parsed once, without network, and then travels parsed. Imports no torch.
+A reference is parsed once, without network access, and is passed on parsed. Imports no torch.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _SIGNATURE = re.compile(
     r"(x-(amz|goog)-[^=]*|awsaccesskeyid|googleaccessid|key-pair-id|policy|signature|expires)(=.*)?",
     re.IGNORECASE,
 )
-"""Parts of a query that sign it: of S3 and R2 (AWS's Signature 2 and 4), Google Cloud Storage, CloudFront."""
+"""Query parameters that sign a URL: S3 and R2 (AWS Signature 2 and 4), Google Cloud Storage, CloudFront."""
 
 
 class LoraReferenceError(Exception):
-    """A LoRA path that cannot be used; `code` is the stable code on the wire, the text a sentence."""
+    """A LoRA path cannot be used. `code` is the stable code on the wire, the message is a sentence."""
 
     code: ClassVar[str]
 
@@ -53,30 +53,30 @@ class LoraNotSafetensors(LoraReferenceError):
 
 
 class UrlNotAllowed(LoraReferenceError):
-    """A URL that this service does not fetch, whatever is there. The text repeats nothing of it."""
+    """The service never fetches from the URL. The message repeats no part of it."""
 
     code = "URL_NOT_ALLOWED"
 
 
 class LoraUrlIsDirectory(LoraReferenceError):
-    """A link to a page of the hub that lists files."""
+    """The URL is a page of the hub that lists files, not a file."""
 
     code = "LORA_URL_IS_DIRECTORY"
 
 
 class _Reference(ABC):
-    """What all references have."""
+    """Base class of references."""
 
     __slots__ = ()
 
     @property
     @abstractmethod
     def text(self) -> str:
-        """The reference in its one form, secrets of a query included."""
+        """The canonical text of the reference, including secrets in its query."""
 
     @property
     def query(self) -> str:
-        """The query of a URL with its "?", which may hold secrets; empty for everything else."""
+        """The query of a URL with its "?". It may hold secrets. Empty for other references."""
         return ""
 
     @property
@@ -85,13 +85,13 @@ class _Reference(ABC):
         return self.text
 
     def with_query(self, query: str) -> Self:
-        """Return the reference with another query, as `query` has it; only URLs have one."""
+        """Return the reference with another query, in the form of `query`. Only URLs change."""
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class RootFile(_Reference):
-    """A path as the client sent it; `lora_root.resolve` finds its file below the LoRA root, or refuses it."""
+    """A path as the client sent it. `lora_root.resolve` finds its file below the LoRA root or refuses it."""
 
     path: str
 
@@ -109,12 +109,12 @@ class WebFile(_Reference):
 
     @property
     def text(self) -> str:
-        """The reference in its one form, secrets of the query included."""
+        """The whole URL, including secrets in its query."""
         return self.url.full
 
     @property
     def query(self) -> str:
-        """The query with its "?"; presigned URLs carry their signature there."""
+        """The query with its "?". Presigned URLs carry their signature there."""
         return f"?{self.url.query}" if self.url.query else ""
 
     @property
@@ -137,7 +137,7 @@ class HubFile(_Reference):
 
     @property
     def text(self) -> str:
-        """The reference in its one form."""
+        """The reference as `hf://ORG/REPO/FILE@REVISION`."""
         return f"hf://{self.repo}/{self.file}@{self.revision}"
 
 
@@ -150,7 +150,7 @@ class BucketFile(_Reference):
 
     @property
     def text(self) -> str:
-        """The reference in its one form."""
+        """The reference as `s3://BUCKET/KEY`."""
         return f"s3://{self.bucket}/{self.key}"
 
 
@@ -160,10 +160,10 @@ LoraReference: TypeAlias = RootFile | RemoteFile
 
 
 def parse(text: str) -> LoraReference:
-    """Read a reference; text without a scheme is a path below the LoRA root.
+    """Parse a reference. Text without a scheme is a path below the LoRA root.
 
-    Links to files on huggingface.co are read as `hf://` references. Raises `UrlNotAllowed`,
-    `LoraUrlIsDirectory`, and `LoraNotSafetensors` where the name shows another kind of file.
+    Links to files on huggingface.co become `hf://` references. Raises `UrlNotAllowed`, `LoraUrlIsDirectory`,
+    or `LoraNotSafetensors` if the file's name ends like another kind of file.
     """
     parts = _SCHEME.fullmatch(text)
     if parts is None:
@@ -178,7 +178,7 @@ def parse(text: str) -> LoraReference:
     try:
         url = parse_url(text)
     except UrlRefused as error:
-        raise UrlNotAllowed(f"{error} LoRAs also come from hf:// and s3:// references.") from error
+        raise UrlNotAllowed(f"{error} For LoRAs, hf:// and s3:// references work too.") from error
     if url.host in _HUB:
         return _hub_link(url)
     if _OTHER_KIND.fullmatch(url.path):
@@ -198,11 +198,11 @@ def _read(value: str | LoraReference) -> LoraReference:
 StoredReference = Annotated[
     LoraReference, PlainValidator(_read), PlainSerializer(lambda reference: reference.text, return_type=str)
 ]
-"""A reference in a pydantic model: its text in JSON, parsed in memory."""
+"""A reference in a pydantic model: text in JSON, parsed in memory."""
 
 
 def unsigned(file: RemoteFile) -> str:
-    """Return the reference without what signs a presigned URL: that changes, the file does not."""
+    """Return the text of a reference without a presigned URL's signature, which changes for the same file."""
     if not isinstance(file, WebFile):
         return file.text
     parts = [part for part in file.url.query.split("&") if not _SIGNATURE.fullmatch(part)]
@@ -210,9 +210,14 @@ def unsigned(file: RemoteFile) -> str:
 
 
 def check(file: LoraReference, hosts: Collection[str], buckets: Collection[str]) -> None:
-    """Raise `UrlNotAllowed` for a host that shows to be private, or a bucket; unless it is listed."""
+    """Raise `UrlNotAllowed` for a bucket not in `buckets`, or a host neither public nor in `hosts`.
+
+    Names are not resolved here, so this cannot find a public name with a private address.
+    """
     if isinstance(file, BucketFile) and file.bucket not in buckets:
-        raise UrlNotAllowed("This service does not read from that bucket.")
+        raise UrlNotAllowed(
+            "This service does not read from that S3 bucket. Its operator can add it to FETCH_ALLOW_BUCKETS."
+        )
     if isinstance(file, WebFile):
         try:
             check_url(file.url, hosts)
@@ -221,10 +226,10 @@ def check(file: LoraReference, hosts: Collection[str], buckets: Collection[str])
 
 
 def _hub_link(url: Url) -> RemoteFile:
-    """Read a link to the hub as its pages have it; its query (`?download=true`) means nothing."""
+    """Parse a link copied from the hub's pages. The query (`?download=true`) is ignored."""
     parts = _HUB_LINK.fullmatch(url.path)
     if parts is None:
-        # Not a repository of a user: the front page, a user's page, or an API.
+        # At most ORG/REPO: the front page, a user or a repository. Longer paths may be downloads of an API.
         if url.path.count("/") <= 2:
             raise _directory()
         return WebFile(url)
@@ -240,7 +245,7 @@ def _hub_file(repo: str, file: str, revision: str) -> HubFile:
     segments = [*file.split("/"), *revision.split("/")]
     clean = all(segment not in ("", ".", "..") and segment.isprintable() for segment in segments)
     if not _HUB_REPO.fullmatch(repo) or not clean:
-        raise UrlNotAllowed("A file on the hub is named hf://ORG/REPO/FILE@REVISION.")
+        raise UrlNotAllowed("Write a file on the Hugging Face hub as hf://ORG/REPO/FILE@REVISION.")
     if not file.lower().endswith(SUFFIX):
         raise _not_safetensors()
     return HubFile(repo, file, revision)
@@ -249,14 +254,14 @@ def _hub_file(repo: str, file: str, revision: str) -> HubFile:
 def _bucket_file(text: str) -> BucketFile:
     parts = _BUCKET.fullmatch(text)
     if parts is None:
-        raise UrlNotAllowed("An object in S3 is named s3://BUCKET/KEY.")
+        raise UrlNotAllowed("Write an object in S3 as s3://BUCKET/KEY.")
     if not parts[2].lower().endswith(SUFFIX):
         raise _not_safetensors()
     return BucketFile(parts[1], parts[2])
 
 
 def _directory() -> LoraUrlIsDirectory:
-    return LoraUrlIsDirectory("The URL names a folder: open the file's own page and take its link.")
+    return LoraUrlIsDirectory("The URL is a folder. Open the page of the file in it and copy that link.")
 
 
 def _not_safetensors() -> LoraNotSafetensors:

@@ -16,7 +16,9 @@ from deployments.catalog import CATALOG
 SIDE = 128
 """Width and height of the drawing FLUX's pictures, in pixels."""
 
-PROMPT = "a red circle on a yellow background"
+PROMPT = "a green triangle on a purple background"
+
+EDIT = "make the triangle orange"
 
 LORAS = ("outline", "checkerboard")
 
@@ -55,7 +57,7 @@ def drawing_requests(folder: Path) -> list[Request]:
     for lora in LORAS:
         for multiplier in (1.0, 0.5):
             requests.append(_drawing(f"{lora}-{multiplier}", f"{lora} {multiplier}", lora, multiplier))
-    edit = _drawing("edit", "edit: make the circle blue", LORAS[0], 0.0, "make the circle blue")
+    edit = _drawing("edit", f"edit: {EDIT}", LORAS[0], 0.0, EDIT)
     edit.body["model"] = "flux_kontext"
     edit.body["prompts"][0]["ctrl_img"] = _control_image()
     return [*requests, edit]
@@ -72,9 +74,10 @@ def _drawing(name: str, caption: str, lora: str, multiplier: float, prompt: str 
 
 
 def _control_image() -> str:
-    """Draw the picture to edit, a red circle on yellow; return it as base64 of a PNG."""
-    picture = Image.new("RGB", (SIDE, SIDE), (250, 218, 50))
-    ImageDraw.Draw(picture).circle((SIDE / 2, SIDE / 2), 38, fill=(222, 40, 40))
+    """Draw the picture to edit, a green triangle on purple; return it as base64 of a PNG."""
+    picture = Image.new("RGB", (SIDE, SIDE), (145, 60, 185))
+    corners = [(64.0, 16.5), (105.1, 87.75), (22.9, 87.75)]
+    ImageDraw.Draw(picture).polygon(corners, fill=(40, 165, 75))
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()

@@ -83,7 +83,7 @@ def test_arguments_of_one_application_are_typed_and_known() -> None:
         Settings.model_validate({"device": "tpu"})
     with pytest.raises(ValidationError, match="not a host or host:port: 'http://minio'"):
         Settings.model_validate({"fetch_hosts": ["http://minio"]})
-    with pytest.raises(ValidationError, match="no such model: flix; there are flux"):
+    with pytest.raises(ValidationError, match="no such model: flix; choose from flux"):
         ModelsArgs.model_validate({"models": ["flux", "flix"]})
     with pytest.raises(ValidationError, match="Field required"):
         ModelsArgs.model_validate({})

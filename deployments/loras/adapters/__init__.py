@@ -1,1 +1,1 @@
-"""What is on the device: LoRA files converted to adapters, held in host and device memory, switched."""
+"""Adapters: LoRA files converted for a pipeline, held in host and device memory, and switched per job."""

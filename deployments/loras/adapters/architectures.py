@@ -1,11 +1,11 @@
-"""Writes `layouts.json`: the layers of the real models, built from their configurations without weights.
+"""Writes `layouts.json`: layer shapes of the real models, built from their configurations without weights.
 
 Run it after a change here:
 
     python -m deployments.loras.adapters.architectures > deployments/loras/format/layouts.json
 
-A configuration here has what decides names and shapes of layers; the rest is the class's default. Text
-encoders are those that LoRA files are made for: CLIP's and T5's.
+A configuration here lists only what determines names and shapes of layers; the rest is the class's default.
+The text encoders are CLIP and T5, the only ones that LoRA files are made for.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from deployments.loras.format.targets import Shape
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model's class, by its dotted name, and its configuration."""
+    """The dotted name of a model's class, and the model's configuration."""
 
     class_name: str
     config: Mapping[str, Any]
@@ -209,11 +209,11 @@ ARCHITECTURES: Mapping[tuple[str, ...], Mapping[str, Model]] = {
     },
     ("minimax_h3",): {"transformer": Model("diffusers.MiniMaxH3Transformer3DModel", {})},
 }
-"""The parts that LoRA files change, for the model ids that share them; of two transformers alike, one."""
+"""The components that LoRA files change, by the ids that share them. Equal transformers are listed once."""
 
 
 def shapes_of(model: Model) -> dict[str, Shape]:
-    """Build a model on no device; return the shapes of its linear and convolution layers' weights by path."""
+    """Build a model without memory. Return the weight shapes of its linear and convolution layers by path."""
     module, _, class_name = model.class_name.rpartition(".")
     model_class = getattr(importlib.import_module(module), class_name)
     with torch.device("meta"):
@@ -242,7 +242,7 @@ def _component(name: str, model: Model) -> str:
 
 
 def _fold(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Write `{N}` for a number in paths that takes each value below N, all else of path and shape equal."""
+    """Merge equal shapes whose paths differ in one number with every value below N, written `{N}`."""
     folded = dict(shapes)
     for position in range(1 + max(path.count(".") for path in shapes)):
         alike: defaultdict[tuple[str, str, Shape], dict[str, str]] = defaultdict(dict)

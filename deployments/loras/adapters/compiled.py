@@ -1,9 +1,9 @@
-"""Compiled blocks with room for LoRAs: a switch overwrites numbers, and nothing is compiled again.
+"""Compiled blocks with room for LoRAs: switching overwrites numbers, and nothing is compiled again.
 
-The blocks that a model repeats are compiled one by one, as diffusers' `compile_repeated_blocks` does. Each
-linear layer in them has matrices of `RANK` of its own, and a hook that is compiled with it. LoRAs are padded
-to that rank by scales of zero; several lie side by side, as one of the sum of their ranks. What does not fit
-there (LoKr, higher ranks, products in the dtype of the file) runs uncompiled, as it does without this.
+A model's repeated blocks are compiled one by one, as diffusers' `compile_repeated_blocks` does. Each linear
+layer in them gets matrices of rank `RANK`, and a hook that is compiled with it. Several LoRAs share these
+matrices, each with its own rows and columns, and the rest has a scale of zero. If an adapter does not fit
+there (LoKr, ranks that add up to more, products in the file's dtype), the prompt runs uncompiled.
 """
 
 from __future__ import annotations
@@ -21,18 +21,17 @@ from deployments.loras.adapters.fusing import Active
 from deployments.loras.adapters.packed import LayerName
 
 RANK = 64
-"""Rank that compiled layers have room for: trainers make 16 to 64 where nothing is said."""
-
+"""The rank that compiled layers have room for. Trainers write 16 to 64 by default."""
 
 Part: TypeAlias = tuple[Delta, float, bool]
-"""What adds to a layer, its factor, and whether its product is rounded to the dtype of its file."""
+"""A delta of a layer, its factor, and whether its product is rounded to the dtype of its file."""
 
 
 class Compiled:
-    """The compiled blocks of a pipeline's models; `backend` is that of `torch.compile`.
+    """The compiled blocks of a pipeline's models. `backend` is that of `torch.compile`.
 
-    `layers` are all in them; no other hook may be put on these, or each block would be compiled anew. Raises
-    `ValueError` where no model of the pipeline names the blocks that it repeats.
+    The attribute `layers` has the layers in these blocks. Put no other hook on them, or each block would be
+    compiled again. Raises `ValueError` if no model of the pipeline names its repeated blocks.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class Compiled:
     ) -> None:
         blocks = list(_repeated_blocks(pipeline))
         if not blocks:
-            raise ValueError("the model names no blocks that it repeats: it cannot be compiled")
+            raise ValueError("the model cannot be compiled, because it names no repeated blocks")
         inside = {layer for block in blocks for layer in block.modules()}
         self.layers = {name: layer for name, layer in layers.items() if layer in inside}
         self._rooms = {name: _Room(layer) for name, layer in self.layers.items()}
@@ -53,7 +52,7 @@ class Compiled:
 
     @contextmanager
     def holding(self, active: Sequence[Active], *, in_file_dtype: bool) -> Iterator[None]:
-        """Let these add to compiled layers in the block, which runs uncompiled if one does not fit."""
+        """Make these adapters active in compiled layers. If one does not fit, the block runs uncompiled."""
         wanted: dict[LayerName, list[Part]] = {}
         for deltas, multiplier in active:
             for name in deltas.keys() & self.layers.keys():
@@ -77,13 +76,13 @@ class Compiled:
 
 
 class _Room:
-    """What one compiled layer adds: in matrices of its own where it runs compiled, else part by part.
+    """The deltas of one compiled layer: combined in its matrices, or one by one where it runs uncompiled.
 
-    The matrices are the layer's buffers, and its hook is the same function for all: what the compiler finds
-    is the same in each block then.
+    The matrices are buffers of the layer, and all layers share one hook function. So each block looks the
+    same to the compiler.
     """
 
-    def __init__(self, layer: Any) -> None:  # noqa: ANN401 - a layer, with attributes of ours
+    def __init__(self, layer: Any) -> None:  # noqa: ANN401 - a layer with more attributes
         self._layer = layer
         self._linear = isinstance(layer, torch.nn.Linear)
         self.fit = True
@@ -96,7 +95,7 @@ class _Room:
         layer.register_forward_hook(_add if self._linear else _add_parts)
 
     def hold(self, parts: Sequence[Part]) -> None:
-        """Add these instead of what was added; `fit` tells whether the matrices have room for them."""
+        """Replace the deltas. `fit` is True if the matrices have room for the new ones."""
         self._layer.lora_parts = parts
         self.fit = self._linear and self._has_room(parts)
         if self._linear:
@@ -122,7 +121,7 @@ class _Room:
 
 
 def _add(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:  # noqa: ANN401
-    """Add what a compiled linear layer holds to its output."""
+    """Forward hook: add the deltas of a compiled linear layer to its output."""
     if not torch.compiler.is_compiling():
         return _add_parts(layer, inputs, output)
     inner = functional.linear(inputs[0].to(layer.lora_down.dtype), layer.lora_down) * layer.lora_scale
@@ -137,7 +136,7 @@ def _add_parts(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor
 
 
 def _is_plain(delta: Delta, _: float, in_file_dtype: bool, dtype: torch.dtype) -> bool:
-    """Whether it is a product of two matrices, rounded to nothing between."""
+    """Return whether the delta is a product of two matrices without intermediate rounding."""
     return isinstance(delta, LowRank) and not (in_file_dtype and delta.file_dtype.itemsize < dtype.itemsize)
 
 

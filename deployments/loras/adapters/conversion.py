@@ -1,4 +1,4 @@
-"""From a LoRA file to an adapter of one pipeline in host memory: read, matched, converted, checked."""
+"""Converts a LoRA file to an adapter for one pipeline, in host memory: reads, matches, converts, checks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from deployments.loras.sources.lora_root import LoraFile, digest
 
 _EXAMPLES = 3
 
-_OF_WAN_21_IMAGES = re.compile(r"cross_attn[._](k|v)_img$|attn2[._]add_(k|v)_proj$|img_emb[._]")
+_WAN_21_IMAGE_MODULES = re.compile(r"cross_attn[._](k|v)_img$|attn2[._]add_(k|v)_proj$|img_emb[._]")
 
 
 def layers_of(pipeline: Any) -> dict[LayerName, Layer]:  # noqa: ANN401 - any pipeline
@@ -41,10 +41,10 @@ def layers_of(pipeline: Any) -> dict[LayerName, Layer]:  # noqa: ANN401 - any pi
 
 
 class Converter:
-    """Converts files for the pipeline that has these layers; never touches them, so any thread may.
+    """Converts files for the pipeline with these layers. Never changes the layers, so it is thread-safe.
 
-    `experts` are the components by their names in requests, where a pipeline has two transformers. `pinned`
-    adapters, for CUDA, lie in page-locked memory.
+    `experts` maps the names of a pipeline's two transformers in requests to components. `pinned` adapters are
+    in page-locked memory, which needs CUDA.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Converter:
             if not names:
                 continue
             if not deltas.keys().isdisjoint(names):
-                raise unsupported(f"names a layer twice, at {shorten(stem)}")
+                raise unsupported(f"changes a layer twice, at {shorten(stem)}")
             shapes = [self._shapes[name] for name in names]
             if not module.fits(shapes):
                 raise JobFailure(FailureCode.LORA_NO_MATCH, _misfit(stem, module, shapes))
@@ -83,12 +83,12 @@ class Converter:
             pieces = (delta.swap() if target.swapped else delta).split([shape[0] for shape in shapes])
             deltas |= zip(names, pieces, strict=True)
         if not deltas:
-            message = f"The LoRA matches no layer of the model: {_some(targets)}."
+            message = f"The LoRA matches no layer of the model. Its modules are {_some(targets)}."
             raise JobFailure(FailureCode.LORA_NO_MATCH, message)
         packed = pack(deltas, self._dtypes, _warning(targets), pinned=self._pinned)
-        # As they are used: a wider number of the file may be none in the model's dtype.
+        # Checked after the conversion, because a large number in the file may overflow in the model's dtype.
         if not all(_is_finite(tensor) for delta in packed.deltas.values() for tensor in delta.tensors):
-            raise unsupported("has weights that are infinite or no numbers")
+            raise unsupported("has weights that are infinite or NaN")
         return packed
 
 
@@ -107,7 +107,7 @@ def _read(file: LoraFile) -> tuple[Contents, dict[str, Tensor]]:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are finite: by their bounds, NaN with any NaN, 35 times faster than each."""
+    """Return whether all elements are finite, by minimum and maximum (NaN if any is): 35 times faster."""
     return all(math.isfinite(bound.item()) for bound in torch.aminmax(tensor))
 
 
@@ -121,13 +121,13 @@ def _layout(shapes: Mapping[LayerName, Shape]) -> Layout:
 def _misfit(stem: str, module: Module, shapes: Sequence[Shape]) -> str:
     weights = " and ".join(str(list(shape)) for shape in shapes)
     return (
-        f"The LoRA is for another model: its module {shorten(stem)} is for weights of shape"
-        f" {[module.out, *module.inputs]}, the model's are {weights}."
+        f"The LoRA is for another model: its module {shorten(stem)} needs weights of shape"
+        f" {[module.out, *module.inputs]}, but the model has {weights}."
     )
 
 
 def _warning(targets: Mapping[str, Target]) -> str | None:
-    """Say how many modules of the file match no layer, by component, with a few of their names."""
+    """Count the modules that match no layer, by component, with a few names. None if all match."""
     total = Counter(target.component for target in targets.values())
     unmatched = {
         stem: target.component
@@ -136,12 +136,12 @@ def _warning(targets: Mapping[str, Target]) -> str | None:
     }
     if not unmatched:
         return None
-    counts = [f"{count} of {total[name]} of {name}" for name, count in Counter(unmatched.values()).items()]
+    counts = [f"{count} of {total[name]} in {name}" for name, count in Counter(unmatched.values()).items()]
     cause = ""
-    if all(_OF_WAN_21_IMAGES.search(stem) for stem in unmatched):
-        cause = " It was trained for image to video of Wan 2.1, which alone has them."
-    left_out = f"{', '.join(counts)}): {_some(unmatched)}"
-    return f"Modules of the LoRA that match no layer were left out ({left_out}.{cause}"
+    if all(_WAN_21_IMAGE_MODULES.search(stem) for stem in unmatched):
+        cause = " It was trained for image to video with Wan 2.1, the only model with these layers."
+    summary = f"{', '.join(counts)}): {_some(unmatched)}"
+    return f"The LoRA was used without the modules that match no layer ({summary}.{cause}"
 
 
 def _some(stems: Collection[str]) -> str:

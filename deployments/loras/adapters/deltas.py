@@ -1,4 +1,4 @@
-"""What an adapter adds to one layer's output, by kind: low rank (LoRA) and Kronecker product (LoKr)."""
+"""What an adapter adds to a layer's output: a low-rank product (LoRA) or a Kronecker product (LoKr)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Layer: TypeAlias = torch.nn.Linear | torch.nn.Conv2d
 
 
 class Delta(Protocol):
-    """An addition to a layer, linear in the layer's input."""
+    """An addition to a layer's output, linear in the layer's input."""
 
     @property
     def scale(self) -> float:
-        """The factor of the file's own alpha: part of the one to call with, beside the job's multiplier."""
+        """The scale from the file's alpha. Callers pass it times the job's multiplier as `factor`."""
         ...
 
     @property
@@ -33,11 +33,11 @@ class Delta(Protocol):
         ...
 
     def replaced(self, tensors: Sequence[Tensor]) -> Delta:
-        """Return it with other weights, in the order of `tensors` and of the same shapes."""
+        """Return the delta with other weights, of the same order and shapes as `tensors`."""
         ...
 
     def split(self, sizes: Sequence[int]) -> Sequence[Delta]:
-        """Cut the output into one delta for each of `sizes`, which add up to its own size."""
+        """Cut the output into one delta for each of `sizes`, which must add up to its size."""
         ...
 
     def swap(self) -> Delta:
@@ -47,8 +47,8 @@ class Delta(Protocol):
     def __call__(self, layer: Layer, x: Tensor, factor: float, *, in_file_dtype: bool = False) -> Tensor:
         """Return `factor` times the addition for the layer's input `x`, in the dtype of the weights.
 
-        With `in_file_dtype` the product of two matrices and the factor is formed as a merge by hand forms it,
-        in the dtype of the file.
+        With `in_file_dtype` the product of two matrices and the factor is computed in the file's dtype, as in
+        a manual merge.
         """
         ...
 
@@ -61,8 +61,8 @@ class Delta(Protocol):
 class LowRank:
     """`up @ down`: down [rank, in], up [out, rank]; for convolutions [rank, in, h, w], [out, rank, 1, 1].
 
-    The product for a linear layer, formed in the file's dtype, is rounded to that, and again when multiplied
-    by the factor, as a merge would do it.
+    With `in_file_dtype` a linear layer's product is rounded to the file's dtype, and again after it is
+    multiplied by the factor, as in a merge.
     """
 
     down: Tensor
@@ -76,12 +76,12 @@ class LowRank:
         return self.down, self.up
 
     def replaced(self, tensors: Sequence[Tensor]) -> LowRank:
-        """Return it with other weights, in the order of `tensors` and of the same shapes."""
+        """Return the delta with other weights, of the same order and shapes as `tensors`."""
         down, up = tensors
         return LowRank(down, up, self.scale, self.file_dtype)
 
     def split(self, sizes: Sequence[int]) -> Sequence[LowRank]:
-        """Cut the output into one delta for each of `sizes`, which add up to its own size."""
+        """Cut the output into one delta for each of `sizes`, which must add up to its size."""
         return [replace(self, up=up) for up in self.up.split(list(sizes))]
 
     def swap(self) -> LowRank:
@@ -94,7 +94,7 @@ class LowRank:
         if isinstance(layer, torch.nn.Conv2d):
             inner = functional.conv2d(x, self.down, None, layer.stride, layer.padding, layer.dilation)
             return functional.conv2d(inner, self.up) * factor
-        # In a dtype no wider than the file's, the product has that precision anyhow.
+        # If `x` is no wider than the file's dtype, the product has no more precision than that anyway.
         if in_file_dtype and self.file_dtype.itemsize < x.dtype.itemsize:
             return functional.linear(x, self.weight(factor, in_file_dtype=True).to(x.dtype))
         return functional.linear(functional.linear(x, self.down), self.up) * factor
@@ -104,7 +104,7 @@ class LowRank:
         return (self._product(self.file_dtype if in_file_dtype else torch.float32) * factor).float()
 
     def _product(self, dtype: torch.dtype) -> Tensor:
-        """Return `up @ down` in the shape of the layer's weight, formed in `dtype`."""
+        """Return `up @ down` in the shape of the layer's weight, computed in `dtype`."""
         product = self.up.flatten(1).to(dtype) @ self.down.flatten(1).to(dtype)
         return product.unflatten(1, self.down.shape[1:])
 
@@ -113,7 +113,7 @@ class LowRank:
 class Kronecker:
     """`kron(w1, w2)`: w1 [o1, i1], w2 [o2, i2] for a linear layer of o1*o2 outputs and i1*i2 inputs.
 
-    A layer that has but a part of the outputs has those from `start` to `stop`.
+    A delta for a part of the outputs has those from `start` to `stop`.
     """
 
     w1: Tensor
@@ -128,12 +128,12 @@ class Kronecker:
         return self.w1, self.w2
 
     def replaced(self, tensors: Sequence[Tensor]) -> Kronecker:
-        """Return it with other weights, in the order of `tensors` and of the same shapes."""
+        """Return the delta with other weights, of the same order and shapes as `tensors`."""
         w1, w2 = tensors
         return Kronecker(w1, w2, self.scale, self.start, self.stop)
 
     def split(self, sizes: Sequence[int]) -> Sequence[Kronecker]:
-        """Cut the output into one delta for each of `sizes`, which add up to its own size."""
+        """Cut the output into one delta for each of `sizes`, which must add up to its size."""
         block = self.w2.shape[0]  # The outputs of one row of w1.
         pieces = []
         for size, stop in zip(sizes, accumulate(sizes), strict=True):
@@ -143,16 +143,16 @@ class Kronecker:
         return pieces
 
     def swap(self) -> Kronecker:
-        """Exchange the two halves of the output; raises `JobFailure` where a row of w1 has part of both."""
+        """Exchange the two halves of the output. Raises `JobFailure` if a row of w1 belongs to both."""
         if self.w1.shape[0] % 2:
-            raise unsupported("has LoKr factors that cannot be divided between shift and scale")
+            raise unsupported("has LoKr factors that cannot be divided into the two halves of a layer")
         return replace(self, w1=self.w1.roll(self.w1.shape[0] // 2, 0))
 
     def __call__(self, layer: Layer, x: Tensor, factor: float, *, in_file_dtype: bool = False) -> Tensor:
         """Return `factor` times the addition for the layer's input `x`, in the dtype of the weights.
 
-        Nobody merges these by hand, so there is no product that the file's dtype would round.
-        `kron(w1, w2) @ vec(X) = vec(w1 @ X @ w2.T)` with X [i1, i2], without the product ever being built.
+        `in_file_dtype` has no effect: nobody merges a LoKr by hand, so there is no rounding to reproduce.
+        The product is never built, because `kron(w1, w2) @ vec(X) = vec(w1 @ X @ w2.T)` with X [i1, i2].
         """
         blocks = x.to(self.w1.dtype).unflatten(-1, (self.w1.shape[1], self.w2.shape[1]))
         added = (self.w1 @ functional.linear(blocks, self.w2)).flatten(-2)[..., self.start : self.stop]
@@ -164,9 +164,9 @@ class Kronecker:
 
 
 def build(module: Module, tensors: Mapping[Role, Tensor]) -> Delta:
-    """Make the delta of one module, sound by its header, from its tensors.
+    """Build the delta of a module from its tensors. Its header must have been checked.
 
-    Raises `JobFailure` (LORA_FORMAT_NOT_SUPPORTED) for an alpha that is no number.
+    Raises `JobFailure` (LORA_FORMAT_NOT_SUPPORTED) for an alpha that is not finite.
     """
     if Role.DOWN in tensors:
         down, up = tensors[Role.DOWN], tensors[Role.UP]
@@ -181,13 +181,13 @@ def _factor(tensors: Mapping[Role, Tensor], whole: Role, left: Role, right: Role
 
 
 def _scale(module: Module, tensors: Mapping[Role, Tensor]) -> float:
-    """Alpha over rank, or what the metadata state; 1 where there is neither."""
+    """Return alpha over rank, else the scale in the metadata, else 1."""
     if Role.ALPHA not in tensors:
         return 1.0 if module.scale is None else module.scale
     if module.rank is None:
-        # For two whole LoKr factors the trainer writes a dummy (1e10, inf in float16).
+        # For two whole LoKr factors the trainer writes a dummy alpha (1e10, inf in float16).
         return 1.0
     alpha = tensors[Role.ALPHA]
     if not alpha.isfinite():
-        raise unsupported("has an alpha that is no number")
+        raise unsupported("has an alpha that is infinite or NaN")
     return alpha.item() / module.rank

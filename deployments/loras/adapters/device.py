@@ -1,10 +1,16 @@
-"""The LoRA adapters on one pipeline: which are on the device, and which are active with what multiplier.
+"""The LoRA adapters of one pipeline: which are on the device, which are active, and with which multipliers.
 
-An adapter never touches the model's weights or module tree, as peft's wrappers would. Each layer that some
-adapter changes gets one forward hook, once, which adds the active adapters' deltas to the layer's output. The
-hooks look into one place: a switch is one assignment there, whatever the number of layers. So a multiplier
-holds for one job only, several adapters add up, LoRA and LoKr meet on one layer, a failed load leaves nothing
-behind, and offload hooks stay in place. The arithmetic is peft's own: `base(x) + up(down(x)) * scale`.
+Unlike peft's wrappers, an adapter never changes the model's module tree, and it changes weights only when it
+is fused. Each layer that an adapter changes gets one forward hook, once, which adds the deltas of the active
+adapters to the layer's output. All hooks read the active adapters from one object, so a switch is one
+assignment, however many layers there are. This has several advantages:
+
+- A multiplier lasts for one job only.
+- Several adapters add up, and LoRA and LoKr may change the same layer.
+- A failed load leaves nothing behind.
+- Offload hooks stay in place.
+
+The arithmetic is peft's: `base(x) + up(down(x)) * scale`.
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ from deployments.loras.sources.lora_root import LoraFile
 
 
 class _Switch:
-    """What the hooks of all layers add; with no active adapters that is nothing."""
+    """The active adapters, which the hooks of all layers read."""
 
     def __init__(self, compiled: Compiled | None) -> None:
         self._compiled = compiled
@@ -37,7 +43,7 @@ class _Switch:
         self._in_file_dtype = False
 
     def hook(self, name: LayerName, layer: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Add the active deltas for the layer of this name to its output."""
+        """Forward hook of the layer `name`: add its active deltas to its output."""
         for deltas, multiplier in self._active:
             if delta := deltas.get(name):
                 factor = multiplier * delta.scale
@@ -47,7 +53,7 @@ class _Switch:
 
     @contextmanager
     def on(self, active: Sequence[Active], *, in_file_dtype: bool) -> Iterator[None]:
-        """Let these add to what runs in the block."""
+        """Make these adapters active during the block."""
         before = self._active, self._in_file_dtype
         self._active, self._in_file_dtype = active, in_file_dtype
         try:
@@ -60,11 +66,14 @@ class _Switch:
 
 
 class Adapters:
-    """The adapters of one pipeline's `layers` on its device, brought there from `host`.
+    """The adapters of one pipeline's `layers` on its device, copied there from `host`.
 
-    `budget` bounds their bytes on the device: the least recently used go, never an active one. After
-    `fuse_after` prompts in a row with the same ones active these are fused with the weights, if it is given.
-    `compiled` has those of the layers that are compiled. For one thread only, but for `holds` and `staged`.
+    - `budget` limits their bytes on the device. The least recently used are dropped, but never active ones.
+    - After `fuse_after` prompts in a row with the same adapters active, these are fused into the weights. If
+      it is None, adapters are never fused.
+    - `compiled` has the layers that are compiled.
+
+    Use it from one thread. Only `holds` and `staged` are for other threads.
     """
 
     def __init__(
@@ -83,7 +92,7 @@ class Adapters:
         self.meter = Meter("device")
         self._tier = Tier(budget, self.meter)
         self._staging = Staging(device)
-        # Compiled layers have a hook of their own.
+        # Compiled layers already have a hook.
         self._hooked = set(compiled.layers) if compiled else set[LayerName]()
         self._switch = _Switch(compiled)
         self._wanted: list[tuple[Key, float]] = []
@@ -100,32 +109,32 @@ class Adapters:
 
     @property
     def fused(self) -> bool:
-        """Whether the active adapters are fused with the weights."""
+        """True if the active adapters are fused into the weights."""
         return self._fuser.fused
 
     def activate(self, wanted: Sequence[tuple[LoraFile, float]]) -> list[str]:
-        """Make exactly these adapters active, each with its multiplier; returns warnings.
+        """Make exactly these adapters active, each with its multiplier. Return their warnings.
 
-        An adapter on the device is taken as it is, without looking at its file. Raises `JobFailure`
-        (LORA_FORMAT_NOT_SUPPORTED, LORA_NO_MATCH, LORA_NOT_FOUND), and what was active stays so.
+        The file of an adapter that is on the device is not read. Raises `JobFailure`
+        (LORA_FORMAT_NOT_SUPPORTED, LORA_NO_MATCH, LORA_NOT_FOUND). The previous adapters then stay active.
         """
         keys = [key_of(file) for file, _ in wanted]
-        packed = {key: self._bring(file, keys) for key, (file, _) in zip(keys, wanted, strict=True)}
+        packed = {key: self._load(file, keys) for key, (file, _) in zip(keys, wanted, strict=True)}
         new = [(key_of(file), multiplier) for file, multiplier in wanted]
         if new != self._wanted:
             self._wanted = new
             self._active = [(packed[key].deltas, multiplier) for key, multiplier in new]
-            self._separate()
+            self._unfuse()
         self._tier.make_room(0, keys)
         return [each.warning for each in packed.values() if each.warning]
 
     def holds(self, file: LoraFile) -> bool:
-        """Whether the adapter of a file is on the device now; any thread may ask."""
+        """Return whether the adapter of a file is on the device now. For any thread."""
         return key_of(file) in self._tier
 
     @contextmanager
     def staged(self, file: LoraFile, packed: Packed) -> Iterator[None]:
-        """Begin to copy an adapter to the device if there is room beside those there; any thread may.
+        """Start to copy an adapter to the device if it has free room. For any thread.
 
         If it is not activated before the block ends, the copy is dropped.
         """
@@ -134,25 +143,25 @@ class Adapters:
 
     @contextmanager
     def rendering(self, *, in_file_dtype: bool = False) -> Iterator[None]:
-        """Let the active adapters add to the model's layers for one prompt; fuse them first if it is time.
+        """Apply the active adapters to the model for one prompt. Fuses them first if they are due.
 
         With `in_file_dtype` their products are rounded to the dtype of their files.
         """
         if in_file_dtype != self._in_file_dtype:
             self._in_file_dtype = in_file_dtype
-            self._separate()
+            self._unfuse()
         if self._fuse_after and self._prompts == self._fuse_after:
             self._fuser.fuse(self._active, in_file_dtype=in_file_dtype)
         self._prompts += 1
-        with self._switch.on(self._beside, in_file_dtype=in_file_dtype):
+        with self._switch.on(self._unfused, in_file_dtype=in_file_dtype):
             yield
 
     @contextmanager
     def joined_by(self, file: LoraFile, multiplier: float) -> Iterator[None]:
-        """Make one more adapter active beside those that are, while one renders. Raises as `activate`."""
+        """Make one more adapter active during the block. Use it within `rendering`. Raises as `activate`."""
         in_use = {key for key, _ in self._wanted}
-        joining = self._bring(file, {*in_use, key_of(file)})
-        together = [*self._beside, (joining.deltas, multiplier)]
+        joining = self._load(file, {*in_use, key_of(file)})
+        together = [*self._unfused, (joining.deltas, multiplier)]
         try:
             with self._switch.on(together, in_file_dtype=self._in_file_dtype):
                 yield
@@ -160,24 +169,24 @@ class Adapters:
             self._tier.make_room(0, in_use)
 
     def drop(self) -> None:
-        """Deactivate every adapter and forget it on the device."""
+        """Deactivate all adapters and drop them from the device."""
         self._wanted, self._active = [], []
-        self._separate()
+        self._unfuse()
         self._staging.clear()
         self._tier.clear()
 
-    def _separate(self) -> None:
-        """Put pristine weights back, and begin a new run of prompts."""
+    def _unfuse(self) -> None:
+        """Restore the original weights and count prompts from 0 again."""
         self._fuser.restore()
         self._prompts = 0
 
     @property
-    def _beside(self) -> Sequence[Active]:
-        """The active adapters that are not in the weights."""
+    def _unfused(self) -> Sequence[Active]:
+        """The active adapters that the hooks must add, because they are not fused."""
         return () if self.fused else self._active
 
-    def _bring(self, file: LoraFile, in_use: Collection[Key]) -> Packed:
-        """Return an adapter on the device, copied there if it was not."""
+    def _load(self, file: LoraFile, in_use: Collection[Key]) -> Packed:
+        """Return an adapter on the device. Copies it there if necessary."""
         if resident := self._tier.find(key_of(file)):
             return resident
         with self._host.use(file) as packed:

@@ -1,8 +1,8 @@
-"""For a long run of one LoRA: weights that have it in them, and no work beside them.
+"""Fuses adapters into the weights, which saves the work of the hooks in a long run of the same LoRAs.
 
-The fused weights are new ones in the layers' places; the pristine ones are never written, and come back as
-they are. The sums are formed in float32 and rounded once to the dtype of the weights, as the trainer merges a
-LoRA for its previews; beside the weights, in bfloat16, the same LoRA gives slightly other numbers.
+The fused weights are new tensors that replace the layers' own. The original tensors are never written, and
+are put back later. The sums are computed in float32 and rounded once to the dtype of the weights, as the
+trainer merges a LoRA for its previews. Unfused, in bfloat16, the same LoRA gives slightly different numbers.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ Active: TypeAlias = tuple[Mapping[LayerName, Delta], float]
 
 
 class Fuser:
-    """Fuses adapters with `layers`, whose weights must be on the device; holds both kinds of weights then."""
+    """Fuses adapters into `layers`, whose weights must be on the device. Keeps the original weights too."""
 
     def __init__(self, layers: Mapping[LayerName, Layer]) -> None:
         self._layers = layers
-        self._pristine: dict[LayerName, Tensor] = {}
+        self._originals: dict[LayerName, Tensor] = {}
 
     @property
     def fused(self) -> bool:
-        """Whether any layer has fused weights."""
-        return bool(self._pristine)
+        """True if any layer has fused weights."""
+        return bool(self._originals)
 
     def fuse(self, active: Sequence[Active], *, in_file_dtype: bool) -> None:
-        """Put these adapters into the weights, or leave all as it was where that fails.
+        """Fuse these adapters into the weights. If that fails, all weights are as before.
 
         With `in_file_dtype` their products are rounded to the dtype of their files.
         """
@@ -45,13 +45,13 @@ class Fuser:
                     if delta := deltas.get(name):
                         total += delta.weight(multiplier * delta.scale, in_file_dtype=in_file_dtype)
                 fused = torch.nn.Parameter(total.to(layer.weight.dtype), layer.weight.requires_grad)
-                self._pristine[name], layer.weight = layer.weight, fused
+                self._originals[name], layer.weight = layer.weight, fused
         except BaseException:
             self.restore()
             raise
 
     def restore(self) -> None:
-        """Put the pristine weights back."""
-        for name, weight in self._pristine.items():
+        """Put the original weights back."""
+        for name, weight in self._originals.items():
             self._layers[name].weight = weight
-        self._pristine.clear()
+        self._originals.clear()

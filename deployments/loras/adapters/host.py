@@ -1,6 +1,6 @@
-"""The host tier: converted adapters in host memory, from where a device copy is one transfer.
+"""The host tier: converted adapters in host memory, one transfer away from the device.
 
-Several threads share it: the one that renders, and those that prepare adapters of the jobs to come.
+Several threads share it: the rendering thread, and those that preload adapters for upcoming jobs.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from deployments.loras.sources.lora_root import LoraFile
 
 
 class _Flight:
-    """A lock that all who wait for one adapter share."""
+    """A lock shared by all threads that want the same adapter."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
 
 
 class HostTier:
-    """Adapters of one pipeline in host memory, of `budget` bytes; thread-safe.
+    """Adapters of one pipeline in host memory, within `budget` bytes. Thread-safe.
 
-    Of several threads that want one adapter, one converts it with `convert` and the others wait; different
-    adapters are converted side by side. One in use is never dropped and may overshoot the budget.
+    If several threads want the same adapter, one converts it with `convert` and the others wait. Different
+    adapters are converted in parallel. Adapters in use are never dropped, so they may exceed the budget.
     """
 
     def __init__(self, convert: Callable[[LoraFile], Packed], budget: int) -> None:
@@ -43,16 +43,16 @@ class HostTier:
 
     @property
     def hashes(self) -> frozenset[str]:
-        """The sha256 of each adapter here."""
+        """The sha256 of each adapter in this tier."""
         with self._lock:
             return self._tier.hashes
 
     @contextmanager
     def use(self, file: LoraFile) -> Iterator[Packed]:
-        """Yield the adapter of a file, converted if it is not here; it stays here until the block ends.
+        """Yield the adapter of a file, converting it if necessary. It stays here until the block ends.
 
-        An adapter that is here is taken as it is, without looking at its file. Blocks while another thread
-        converts the same one. Raises `JobFailure` as `Converter`, and nothing has changed then.
+        The file of an adapter that is already here is not read. Blocks while another thread converts the same
+        file. Raises `JobFailure` as `Converter` does, and then nothing has changed.
         """
         key = key_of(file)
         with self._lock:

@@ -1,4 +1,4 @@
-"""Adapters whose weights are views into one buffer: a device copy is one allocation and one transfer."""
+"""Adapters whose weights share one buffer, so that a device copy is one allocation and one transfer."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 from deployments.loras.adapters.deltas import Delta
 
 LayerName: TypeAlias = tuple[str, str]
-"""A pipeline's component, and the dotted path of a layer in it."""
+"""A component of a pipeline, and the dotted path of a layer in it."""
 
 _ALIGNMENT = 64
-"""Bytes, as torch aligns tensors on the CPU; no kernel asks for more."""
+"""Bytes, as torch aligns tensors on the CPU. No kernel needs more."""
 
 _HUGE_PAGE = 2 * 2**20
 """Bytes, on x86-64 and most of arm64."""
@@ -25,9 +25,9 @@ _HUGE_PAGE = 2 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """An adapter: its delta for each layer it changes, and what of its file matched no layer.
+    """An adapter: a delta for each layer it changes, and a warning if modules of its file match no layer.
 
-    The deltas' tensors are views into `buffer` (uint8), which nothing writes to after `pack`.
+    The deltas' tensors are views into `buffer` (uint8), which is never written after `pack`.
     """
 
     buffer: Tensor
@@ -36,12 +36,12 @@ class Packed:
 
     @property
     def bytes(self) -> int:
-        """Memory that the buffer takes; pinned memory comes in powers of two."""
+        """Size of the buffer in memory. Pinned memory is allocated in powers of two."""
         size = self.buffer.nbytes
         return 1 << (size - 1).bit_length() if self.buffer.is_pinned() else size
 
     def copy(self, device: torch.device) -> Packed:
-        """Copy it to a device: asynchronously, on the current stream, if the buffer is pinned."""
+        """Copy it to a device. From a pinned buffer the copy is asynchronous, on the current stream."""
         buffer = _empty(self.buffer.nbytes, device).copy_(self.buffer, non_blocking=True)
         typed: dict[torch.dtype, Tensor] = {}
 
@@ -64,9 +64,9 @@ def pack(
     *,
     pinned: bool,
 ) -> Packed:
-    """Copy deltas into one buffer in host memory, each with the dtype of its layer.
+    """Copy deltas into one buffer in host memory, each in the dtype of its layer.
 
-    A tensor that several deltas share is stored once for each dtype. `pinned` needs CUDA.
+    A tensor that several deltas share is stored once per dtype. `pinned` needs CUDA.
     """
     starts: dict[tuple[int, torch.dtype], int] = {}
     size = 0
@@ -99,9 +99,10 @@ def _aligned(size: int) -> int:
 
 
 def _empty(size: int, device: torch.device) -> Tensor:
-    """Return so many bytes (uint8) of a device's memory.
+    """Allocate `size` bytes (uint8) on a device.
 
-    On the CPU in huge pages: the faults of small ones take several times as long as the copy.
+    On the CPU this uses huge pages, since the page faults of small ones take several times as long as the
+    copy.
     """
     if device.type != "cpu" or size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8, device=device)

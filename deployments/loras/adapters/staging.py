@@ -1,4 +1,4 @@
-"""Adapters on their way to the device: copied on a stream of their own while a job computes on another."""
+"""Copies adapters to the device ahead of their job, on a separate stream while another job computes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deployments.loras.adapters.tiers import Key
 
 
 class Staging:
-    """Copies that no tier holds yet; thread-safe. Without CUDA there is nothing to hide, and no copy."""
+    """Device copies that are in no tier yet. Thread-safe. No-op on the CPU: nothing to overlap."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -23,9 +23,10 @@ class Staging:
 
     @contextmanager
     def hold(self, key: Key, packed: Packed, room: int) -> Iterator[None]:
-        """Begin to copy an adapter if `room` bytes take it and the other copies; drop it when the block ends.
+        """Start to copy an adapter if it and the other copies fit into `room` bytes.
 
-        It stays if it was taken. A device without memory for it gets none: that is no error.
+        The copy is dropped when the block ends, unless it was taken. If the device runs out of memory, there
+        is no copy and no error.
         """
         copy = self._begin(packed) if self._stream and self._bytes + packed.bytes <= room else None
         if copy:
@@ -39,7 +40,7 @@ class Staging:
                     del self._copies[key]
 
     def take(self, key: Key) -> Packed | None:
-        """Return the copy of an adapter, for kernels of the current stream to use: they wait for its end."""
+        """Return the copy of an adapter, or None. Kernels of the current stream wait until it is complete."""
         with self._lock:
             staged = self._copies.pop(key, None)
         if staged is None:
@@ -47,7 +48,7 @@ class Staging:
         packed, copied = staged
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(copied)
-        # Allocated for the other stream, which may have the memory again only after this one's kernels.
+        # The memory belongs to the copy stream, which must not reuse it before this stream's kernels end.
         packed.buffer.record_stream(stream)
         return packed
 

@@ -1,4 +1,4 @@
-"""Adapters in one kind of memory, within a budget of bytes: the least recently used go first."""
+"""Adapters in one kind of memory, within a byte budget. The least recently used are dropped first."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from deployments.loras.adapters.packed import Packed
 from deployments.loras.sources.lora_root import LoraFile
 
 Key: TypeAlias = tuple[str, str | None]
-"""A file's sha256, and the expert that it is for."""
+"""A file's sha256, and the transformer that it is for, if the model has two."""
 
 
 def key_of(file: LoraFile) -> Key:
-    """Return what names the adapter of a file, whatever its path."""
+    """Return the key of a file's adapter. It does not depend on the path."""
     return file.sha256, file.expert
 
 
 class Tier:
-    """Adapters by their keys, counted by `meter`. For one thread at a time."""
+    """Adapters by key, counted by `meter`. Not thread-safe."""
 
     def __init__(self, budget: int, meter: Meter) -> None:
         self._budget = budget
@@ -33,16 +33,16 @@ class Tier:
 
     @property
     def room(self) -> int:
-        """Bytes that the budget has left."""
+        """Bytes left in the budget."""
         return max(self._budget - self._bytes, 0)
 
     @property
     def hashes(self) -> frozenset[str]:
-        """The sha256 of each adapter here."""
+        """The sha256 of each adapter in this tier."""
         return frozenset(sha256 for sha256, _ in self._held)
 
     def find(self, key: Key) -> Packed | None:
-        """Look an adapter up; it is the most recently used one then."""
+        """Return an adapter, or None, and mark it as the most recently used."""
         packed = self._held.get(key)
         self._meter.looked_up(hit=packed is not None)
         if packed is not None:
@@ -50,12 +50,12 @@ class Tier:
         return packed
 
     def add(self, key: Key, packed: Packed) -> None:
-        """Hold one more adapter, beyond the budget if need be: `make_room` keeps to that."""
+        """Add an adapter, even beyond the budget. Only `make_room` enforces the budget."""
         self._held[key] = packed
         self._hold(self._bytes + packed.bytes)
 
     def make_room(self, size: int, in_use: Collection[Key]) -> None:
-        """Drop least recently used adapters until `size` bytes fit into the budget; never one in use."""
+        """Drop the least recently used adapters, none in use, until `size` bytes fit into the budget."""
         for key in list(self._held):
             if self._bytes + size <= self._budget:
                 break

@@ -1,1 +1,1 @@
-"""What a LoRA file is: its header, key dialect, layer names and modules. Imports no torch."""
+"""The LoRA file format: header, key dialects, layer names, modules. Only `by_head` imports torch."""

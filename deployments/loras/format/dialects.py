@@ -1,8 +1,8 @@
-"""The key formats of LoRA files: what each tensor is by its name, and which files cannot be served.
+"""The key dialects of LoRA files: what each tensor is, by its name, and which files are refused.
 
-A name is a module's name (`stem`) and a suffix that gives the tensor's role. The suffixes tell the dialects
-apart; how a stem finds its module is `targets`' concern. Everything here works on names alone, so that a file
-is refused from its header, before any weight is read. Imports no torch.
+A tensor's name is a module's name (the stem) and a suffix for its role. The suffix shows the dialect.
+`targets` finds the layers of a stem. This module needs only the header, so a file is refused before any
+weight is read. Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from deployments.loras.format.header import Header, shorten, unsupported
 T = TypeVar("T")
 
 MAX_RANK = 1024
-"""Far above what trainers make; a larger one only costs memory."""
+"""Far above what trainers write. A larger rank only costs memory."""
 
 
 class Role(StrEnum):
-    """What a tensor is to its module. LoKr factors are whole (`W1`) or a product (`W1_A @ W1_B`)."""
+    """What a tensor is to its module. LoKr factors are stored whole (`W1`) or as products (`W1_A @ W1_B`)."""
 
     DOWN = "down"
     UP = "up"
@@ -44,7 +44,7 @@ class Dialect(StrEnum):
 
 
 _LORA = r"(\.lora_|[._]lora\.|\.lora_linear_layer\.|(?<=_lora[12])\.)"
-"""Before `down` and `up`: of kohya, of diffusers until peft (two forms), of XLabs."""
+"""What precedes `down` and `up`: in kohya's files, diffusers' before peft (two forms), XLabs'."""
 
 _SUFFIXES: tuple[tuple[re.Pattern[str], Role, Dialect | None], ...] = (
     (re.compile(r"\.lora_A(\.\w+)?\.weight$"), Role.DOWN, Dialect.PEFT),
@@ -59,19 +59,22 @@ _SUFFIXES: tuple[tuple[re.Pattern[str], Role, Dialect | None], ...] = (
 )
 
 _RANK_AXIS = {Role.DOWN: 0, Role.UP: 1, Role.W1_A: 1, Role.W1_B: 0, Role.W2_A: 1, Role.W2_B: 0}
-"""Which axis of a tensor is the rank."""
+"""The axis of each tensor that is the rank."""
 
 _UNSUPPORTED: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\.magnitude$|\.dora_scale$|\.lora_magnitude_vector"), "is a DoRA, which is not supported"),
     (re.compile(r"\.hada_[wt]"), "is a LoHa, which is not supported"),
     (re.compile(r"\.lokr_t2$|\.lora_mid\.weight$"), "has Tucker factors, which are not supported"),
     (re.compile(r"\.oft_|\.boft_"), "is an OFT, which is not supported"),
-    (re.compile(r"\.diff(_b)?$"), "changes whole layers (`.diff`) beside its LoRA, which is not supported"),
+    (re.compile(r"\.diff(_b)?$"), "also changes whole layers (`.diff`), which is not supported"),
 )
 
 
 def split(name: str) -> tuple[str, Role, Dialect | None] | None:
-    """Split a tensor's name into stem, role and dialect (none for alpha, which several share)."""
+    """Split a tensor's name into stem, role and dialect. None if it is not a LoRA tensor.
+
+    The dialect is None for alpha, which several dialects share.
+    """
     for suffix, role, dialect in _SUFFIXES:
         if match := suffix.search(name):
             return name[: match.start()], role, dialect
@@ -79,40 +82,39 @@ def split(name: str) -> tuple[str, Role, Dialect | None] | None:
 
 
 def dialect_of(header: Header) -> Dialect:
-    """Return the dialect of a file.
+    """Return the dialect of a file; of several, the last by name.
 
-    Every tensor has to be understood: a file of which a part is ignored would render a picture that is wrong.
-    No rank may be above `MAX_RANK`. Raises `JobFailure` (LORA_FORMAT_NOT_SUPPORTED) for a file that is not
-    served.
+    Every tensor must be recognized, since ignoring a part of the file would render a wrong image. The rank is
+    at most `MAX_RANK`. Raises `JobFailure` (LORA_FORMAT_NOT_SUPPORTED) for a file that is not supported.
     """
     found: set[Dialect] = set()
-    strange: list[str] = []
+    unknown: list[str] = []
     for name, tensor in header.tensors.items():
         parts = split(name)
         if parts is None:
-            strange.append(name)
+            unknown.append(name)
         elif parts[2]:
             found.add(parts[2])
             axis = _RANK_AXIS.get(parts[1], 0)
             if parts[1] in _RANK_AXIS and tensor.shape[axis : axis + 1] > (MAX_RANK,):
                 raise unsupported(f"has rank {tensor.shape[axis]}; at most {MAX_RANK} is allowed")
     for pattern, reason in _UNSUPPORTED:
-        if any(pattern.search(name) for name in strange):
+        if any(pattern.search(name) for name in unknown):
             raise unsupported(reason)
     if not found:
-        example = f", but for example {shorten(strange[0])}" if strange else ""
-        raise unsupported(f"holds no LoRA tensors{example}")
-    if strange:
-        raise unsupported(f"holds tensors that are no part of a LoRA, for example {shorten(strange[0])}")
+        example = f", but for example {shorten(unknown[0])}" if unknown else ""
+        raise unsupported(f"has no LoRA tensors{example}")
+    if unknown:
+        raise unsupported(f"has tensors that are not part of a LoRA, for example {shorten(unknown[0])}")
     return max(found)
 
 
 def group(tensors: Mapping[str, T]) -> dict[str, dict[Role, T]]:
-    """Gather tensors by stem and role; every name must be one that `dialect_of` accepts."""
+    """Group tensors by stem and role. Every name must be one that `dialect_of` accepts."""
     stems: defaultdict[str, dict[Role, T]] = defaultdict(dict)
     for name, tensor in tensors.items():
         parts = split(name)
         if parts is None or parts[1] in stems[parts[0]]:
-            raise unsupported(f"holds a tensor that cannot be placed: {shorten(name)}")
+            raise unsupported(f"has a duplicate or unknown tensor: {shorten(name)}")
         stems[parts[0]][parts[1]] = tensor
     return dict(stems)

@@ -1,8 +1,8 @@
 """Reads the header of a safetensors file: names, dtypes, shapes and metadata, without the weights.
 
 A file starts with an unsigned 64-bit little-endian length, followed by that many bytes of JSON, followed by
-the tensors (https://github.com/huggingface/safetensors#format). Every claim of the header is checked against
-the file, so that what passes here can be loaded. Imports no torch.
+the tensors (https://github.com/huggingface/safetensors#format). Every entry of the header is checked against
+the file, so a file that passes can be loaded. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from cluster.failures import FailureCode, JobFailure
 from deployments.loras.format.peft_folder import METADATA, config_beside
 
 MAX_HEADER_BYTES = 10_000_000
-"""Ten times the header of the largest LoRA seen (2,400 modules of about 150 bytes each, three tensors)."""
+"""Ten times the header of the largest LoRA seen: 2,400 modules of three tensors, about 150 bytes each."""
 
 MAX_TENSORS = 65_536
 
 LENGTH_BYTES = 8
-"""Bytes before the header that hold its length."""
+"""Size of the length field before the header."""
 
 _ITEM_BYTES: Mapping[str, int] = {
     "F64": 8,
@@ -42,7 +42,7 @@ _ITEM_BYTES: Mapping[str, int] = {
 }
 
 _OTHER_FORMATS: Mapping[bytes, str] = {
-    b"PK": "a zip archive, as pickled checkpoints are",
+    b"PK": "a zip archive, like a pickled checkpoint",
     b"\x80": "a pickle",
     b"<": "a web page",
     b"GGUF": "a GGUF file",
@@ -51,9 +51,9 @@ _OTHER_FORMATS: Mapping[bytes, str] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor as the header states it; `dtype` is safetensors' own name, such as `BF16`.
+    """One tensor as the header describes it.
 
-    `begin` is where it begins in the file, in bytes.
+    `dtype` is safetensors' own name, such as `BF16`. `begin` is the tensor's offset in the file, in bytes.
     """
 
     dtype: str
@@ -62,28 +62,28 @@ class TensorInfo:
 
     @property
     def items(self) -> int:
-        """How many numbers it has."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The tensors of a file by name, and its free string metadata."""
+    """The tensors of a file by name, and its metadata: any strings."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
 
 
 def unsupported(reason: str) -> JobFailure:
-    """Build the failure of a file that is no usable LoRA; `reason` says what the file is or has."""
+    """Build the failure for a file that is not a usable LoRA. `reason` continues "The LoRA file"."""
     return JobFailure(FailureCode.LORA_FORMAT_NOT_SUPPORTED, f"The LoRA file {reason}.")
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of `path`; peft's configuration beside it counts as metadata.
+    """Read and check the header of `path`. peft's configuration file next to it counts as metadata.
 
-    Raises `JobFailure` (LORA_FORMAT_NOT_SUPPORTED) for anything that is not an intact safetensors file, and
-    `OSError` where the file cannot be read.
+    Raises `JobFailure` (LORA_FORMAT_NOT_SUPPORTED) for anything but an intact safetensors file, and `OSError`
+    if the file cannot be read.
     """
     with path.open("rb") as file:
         size = file.seek(0, 2)
@@ -97,7 +97,7 @@ def read_header(path: Path) -> Header:
 
 
 def header_bytes(start: bytes) -> int:
-    """Return how many bytes of header follow the first `LENGTH_BYTES` of a file; raises as `read_header`."""
+    """Return the header's length from the first `LENGTH_BYTES` of a file. Raises as `read_header`."""
     if not start:
         raise unsupported("is empty")
     length = int.from_bytes(start, "little")
@@ -108,20 +108,20 @@ def header_bytes(start: bytes) -> int:
 
 
 def parse_header(text: bytes, length: int, size: int | None) -> Header:
-    """Read a header of `length` bytes, of a file of `size` bytes if known; raises as `read_header`."""
+    """Parse a header of `length` bytes. `size` is that of the file, if known. Raises as `read_header`."""
     if len(text) < length:
         raise unsupported("is truncated: it ends within its header")
     try:
         entries = json.loads(text.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise unsupported("has a header that is no valid JSON") from error
+        raise unsupported("has a header that is not valid JSON") from error
     if not isinstance(entries, dict):
-        raise unsupported("has a header that is no JSON object")
+        raise unsupported("has a header that is not a JSON object")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise unsupported("has metadata that are not strings")
+        raise unsupported("has metadata values that are not strings")
     if len(entries) > MAX_TENSORS:
-        raise unsupported(f"holds {len(entries)} tensors; at most {MAX_TENSORS} are allowed")
+        raise unsupported(f"has {len(entries)} tensors; at most {MAX_TENSORS} are allowed")
     start = LENGTH_BYTES + length
     spans, tensors = [], {}
     for name, entry in entries.items():
@@ -132,7 +132,7 @@ def parse_header(text: bytes, length: int, size: int | None) -> Header:
 
 
 def read_number(file: BinaryIO, tensor: TensorInfo) -> float | None:
-    """Return the number that a tensor of one item holds; none for a dtype that Python does not have."""
+    """Return the value of a tensor of one element. None for a dtype that `struct` cannot read."""
     file.seek(tensor.begin)
     data = file.read(_ITEM_BYTES[tensor.dtype])
     if tensor.dtype == "BF16":
@@ -152,14 +152,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _tensor(name: str, entry: object, start: int) -> tuple[TensorInfo, tuple[int, int]]:
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]}:
-            sound = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
-            if sound and dtype in _ITEM_BYTES and end - begin == math.prod(shape) * _ITEM_BYTES[dtype]:
+            valid = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+            if valid and dtype in _ITEM_BYTES and end - begin == math.prod(shape) * _ITEM_BYTES[dtype]:
                 return TensorInfo(dtype, tuple(shape), start + begin), (begin, end)
     raise unsupported(f"has an invalid entry for tensor {shorten(name)}")
 
 
 def _check_spans(spans: list[tuple[int, int]], data_bytes: int | None) -> None:
-    """Check that the tensors fill the data section, if its size is known, without gap or overlap."""
+    """Check for gaps and overlaps, and that the tensors fill the data section if its size is known."""
     position = 0
     for begin, end in spans:
         if begin != position:
@@ -174,5 +174,5 @@ def _check_spans(spans: list[tuple[int, int]], data_bytes: int | None) -> None:
 
 
 def shorten(name: str, limit: int = 120) -> str:
-    """Quote a tensor's name for a message; names are the uploader's and may be of any length."""
+    """Quote a tensor's name for a message. Names come from the uploader and may have any length."""
     return repr(name if len(name) <= limit else f"{name[:limit]}...")

@@ -1,4 +1,4 @@
-"""What a LoRA file is and which models it fits, from its header alone. Imports no torch."""
+"""Describes a LoRA file and which models it fits, from its header and alpha tensors. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from deployments.loras.format.modules import Contents, Module, judge
 
 _EXAMPLES = 3
 
-_MOST_ENTRIES = 64
+_MAX_ENTRIES = 64
 
-_MOST_CHARS = 500
-"""Of an entry of the metadata: kohya's have every tag and folder of the training set."""
+_MAX_CHARS = 500
+"""Limit of one metadata entry. kohya's list every tag and folder of the training set."""
 
 
 class Fit(StrEnum):
     """How a file fits a model."""
 
     WHOLE = "whole"
-    """Every module changes layers of the model."""
+    """Every module matches layers of the model."""
 
     PART = "part"
-    """Some modules have no layer there; the model renders with the others, and warns."""
+    """Some modules match no layer. The model renders with the others and reports a warning."""
 
     NONE = "none"
-    """The model refuses it: nothing matches, or a layer has another shape."""
+    """The model refuses the file: no module matches, or a module is a misfit."""
 
 
 class ModelFit(BaseModel):
     """How many modules of a file match the layers of a model.
 
-    `unmatched` have no layer of such a name, `misfits` have one of another shape; `examples` are a few of
-    both, quoted.
+    `unmatched` modules name no layer of the model. `misfits` name one of another shape, or one that another
+    module changes too. `examples` are a few of both, quoted.
     """
 
     model: str
@@ -53,13 +53,14 @@ class ModelFit(BaseModel):
 
 
 class Inspection(BaseModel):
-    """What a LoRA file is.
+    """A description of a LoRA file.
 
-    `dtypes` counts tensors. `ranks` are the different ones, ascending; a LoKr of whole factors has none.
-    `alphas` are the different ones that the file states, in tensors or metadata; none means alpha is the
-    rank, unless `alpha_tensors` (how many modules have one) says that they were not read. `metadata` is the
-    trainer's own, cut to 64 entries of 500 characters. `fitting_models` are those that it fits as a whole;
-    if there are none, those that most of it fits.
+    - `dtypes` counts the tensors of each dtype.
+    - `ranks` are the distinct ranks, ascending. A LoKr with whole factors has none.
+    - `alphas` are the distinct alphas in tensors or metadata, ascending. If there are none, alpha is the
+      rank, unless `alpha_tensors` (the number of modules with an alpha tensor) shows that they were not read.
+    - `metadata` is the trainer's, cut to 64 entries of 500 characters.
+    - `fitting_models` are the models that the whole file fits, else those that most of its modules fit.
     """
 
     dialect: Dialect
@@ -77,12 +78,12 @@ class Inspection(BaseModel):
 def inspect_file(path: Path) -> Inspection:
     """Inspect a file on this machine.
 
-    Raises `JobFailure` (LORA_FORMAT_NOT_SUPPORTED) for a file that is not served, and `OSError` where it
+    Raises `JobFailure` (LORA_FORMAT_NOT_SUPPORTED) for a file that is not supported, and `OSError` if it
     cannot be read.
     """
     header = read_header(path)
     with path.open("rb") as file:
-        # Without a rank alpha means nothing.
+        # Alpha has no effect on a module without a rank.
         modules = [module for module in judge(header).modules.values() if module.rank]
         stored = [module.parts[Role.ALPHA] for module in modules if Role.ALPHA in module.parts]
         alphas = [read_number(file, tensor) for tensor in stored]
@@ -90,7 +91,7 @@ def inspect_file(path: Path) -> Inspection:
 
 
 def inspect(header: Header, alphas: Iterable[float] = ()) -> Inspection:
-    """Inspect a header; `alphas` are those of its tensors, if they were read. Raises as `inspect_file`."""
+    """Inspect a header. `alphas` are the values of its alpha tensors, if read. Raises as `inspect_file`."""
     contents = judge(header)
     modules = contents.modules.values()
     models = [_fit(model, contents) for model in CATALOG if model in layouts()]
@@ -120,22 +121,22 @@ def _fit(model: str, contents: Contents) -> ModelFit:
         layers = {(target.component, path) for path in target.layers}
         if not layers:
             return "unmatched"
-        sound = module.fits([layout[target.component][path] for path in target.layers]) and not layers & seen
+        fits = module.fits([layout[target.component][path] for path in target.layers]) and not layers & seen
         seen.update(layers)
-        return "matched" if sound else "misfits"
+        return "matched" if fits else "misfits"
 
     verdicts = {stem: verdict(stem, module) for stem, module in contents.modules.items()}
     counts = Counter(verdicts.values())
     matched, unmatched, misfits = (counts[name] for name in ("matched", "unmatched", "misfits"))
     fit = Fit.NONE if misfits or not matched else Fit.PART if unmatched else Fit.WHOLE
-    strange = [stem for stem, found in verdicts.items() if found != "matched"]
+    failing = [stem for stem, found in verdicts.items() if found != "matched"]
     return ModelFit(
         model=model,
         fit=fit,
         matched=matched,
         unmatched=unmatched,
         misfits=misfits,
-        examples=[shorten(stem) for stem in strange[:_EXAMPLES]],
+        examples=[shorten(stem) for stem in failing[:_EXAMPLES]],
     )
 
 
@@ -146,9 +147,9 @@ def _fitting(models: Iterable[ModelFit]) -> list[str]:
 
 
 def _bounded(metadata: Mapping[str, str]) -> dict[str, str]:
-    entries = sorted(metadata.items())[:_MOST_ENTRIES]
+    entries = sorted(metadata.items())[:_MAX_ENTRIES]
     return {_cut(name): _cut(text) for name, text in entries}
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _MOST_CHARS else f"{text[:_MOST_CHARS]}..."
+    return text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]}..."

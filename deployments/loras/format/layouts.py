@@ -1,4 +1,4 @@
-"""The layers of the real models, without their weights: what a LoRA can be judged against in a gateway.
+"""The layer shapes of the real models, without weights. A gateway checks LoRAs against them.
 
 `layouts.json` is written by `deployments.loras.adapters.architectures`. Imports no torch.
 """
@@ -33,12 +33,12 @@ def layouts() -> Mapping[str, Layout]:
 
 @cache
 def targets_of(model: str) -> Targets:
-    """Return the names of a model's layers; KeyError for an id without a layout."""
+    """Return the layers of a model by name. Raises `KeyError` for an id without a layout."""
     return Targets(layouts()[model])
 
 
 def _expand(pattern: str) -> Iterator[str]:
-    """Put each number below N in the place of `{N}`."""
+    """Yield the paths of a pattern, in which `{N}` stands for each number below N."""
     pieces = _RANGE.split(pattern)
     for numbers in product(*(range(int(end)) for end in pieces[1::2])):
         yield "".join(a + b for a, b in zip(pieces[::2], [*map(str, numbers), ""], strict=True))

@@ -1,7 +1,7 @@
-"""The original code's names of layers that diffusers renamed or split.
+"""The original code's names for layers that diffusers renamed or split.
 
-The trainer writes FLUX.2, Chroma and Krea 2 files in these names; kohya's, LyCORIS', XLabs' and ComfyUI's
-files have them too. Imports no torch.
+The trainer writes FLUX.2, Chroma and Krea 2 files with these names. So do kohya, LyCORIS, XLabs and ComfyUI.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ _EMBEDDERS = (
 )
 
 _Names: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
+"""Pairs of an original name and its layers in diffusers, as `ORIGINAL_NAMES` describes them."""
 
 _FLUX: _Names = (
     (
@@ -109,8 +110,8 @@ _Z_IMAGE_AND_LUMINA: _Names = (
 
 _WAN: _Names = (
     *(
-        (f"blocks.{{}}.{original}.{name}", (f"blocks.{{}}.{ours}.{path}",))
-        for original, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        (f"blocks.{{}}.{original}.{name}", (f"blocks.{{}}.{renamed}.{path}",))
+        for original, renamed in (("self_attn", "attn1"), ("cross_attn", "attn2"))
         for name, path in (
             ("q", "to_q"),
             ("k", "to_k"),
@@ -151,8 +152,8 @@ _KREA_2: _Names = (
     ("txtmlp.3", ("txt_in.linear_2",)),
     ("txtfusion.projector", ("text_fusion.projector",)),
     *(
-        (f"{original}.{{}}.{name}", (f"{ours}.{{}}.{path}",))
-        for original, ours in (
+        (f"{original}.{{}}.{name}", (f"{renamed}.{{}}.{path}",))
+        for original, renamed in (
             ("blocks", "transformer_blocks"),
             ("txtfusion.layerwise_blocks", "text_fusion.layerwise_blocks"),
             ("txtfusion.refiner_blocks", "text_fusion.refiner_blocks"),
@@ -174,8 +175,8 @@ _LTX_2: _Names = (
     ("patchify_proj", ("proj_in",)),
     ("audio_patchify_proj", ("audio_proj_in",)),
     *(
-        (f"{original}.{path}", (f"{ours}.{path}",))
-        for original, ours in (
+        (f"{original}.{path}", (f"{renamed}.{path}",))
+        for original, renamed in (
             ("adaln_single", "time_embed"),
             ("audio_adaln_single", "audio_time_embed"),
             ("prompt_adaln_single", "prompt_adaln"),
@@ -191,8 +192,8 @@ _LTX_2: _Names = (
 
 _MINIMAX_H3: _Names = (
     *(
-        (f"{original}.{{}}.{name}", tuple(f"{ours}.{{}}.{path}" for path in paths))
-        for original, ours in (
+        (f"{original}.{{}}.{name}", tuple(f"{renamed}.{{}}.{path}" for path in paths))
+        for original, renamed in (
             ("blocks", "transformer_blocks"),
             ("token_refiner.blocks", "token_refiner.refiner_blocks"),
         )
@@ -228,19 +229,22 @@ ORIGINAL_NAMES: Mapping[str, _Names] = {
     "video_connector": _LTX_2_CONNECTORS,
     "token_refiner": _MINIMAX_H3,
 }
-"""By a part that models of a kind have: original name, a block's index left open, and the layers in diffusers
-whose outputs make up its own. What a model has not is passed over.
+"""Original names and their layers in diffusers. The key is a submodule that only models of one kind have.
+
+`{}` stands for a block's index. If there are several layers, their outputs side by side are the original
+layer's. Names without layers in a model are skipped.
 """
 
 SWAPPED = re.compile(r"final_layer[._]adaLN_modulation[._]1|(token_refiner[._])?blocks[._]\d+[._]mlp[._]fc1")
-"""Original names of layers whose halves of outputs diffusers has the other way round: shift and scale of
-FLUX.1, FLUX.2 and Chroma, gate and value of MiniMax-H3.
+"""Original names of layers whose two output halves are in the opposite order in diffusers.
+
+In FLUX.1, FLUX.2 and Chroma the halves are shift and scale, in MiniMax-H3 gate and value.
 """
 
 WITHOUT_EFFECT: Mapping[str, re.Pattern[str]] = {
     "token_refiner": re.compile(r"(.*[._])?(adaln_proj([._]linear)?|norm_out[._]linear)"),
 }
-"""By a part that models of a kind have: layers that the original code reads around their LoRA."""
+"""Layers whose LoRA has no effect because the original code bypasses it. The keys are as above."""
 
 _UNET_BLOCK = re.compile(
     r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
@@ -255,15 +259,16 @@ _RESNET = {
 
 
 def unet_names(paths: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield the original name and the path of the layers in a Stable Diffusion UNet's blocks.
+    """Yield the original name and the diffusers path of each layer in a Stable Diffusion UNet's blocks.
 
-    The original counts blocks in one row of inputs, where each level has its resnets and a downsampler, and
-    one of outputs, where each has a resnet more and its upsampler inside of the last block.
+    The original code numbers all input blocks in one sequence, and all output blocks in another. On the input
+    side each level has its resnets and then a downsampler. On the output side each level has one resnet more,
+    and its upsampler is inside the last block.
     """
     blocks = [(match, path) for path in paths if (match := _UNET_BLOCK.fullmatch(path))]
     firsts = {match[4] for match, _ in blocks if match.expand(r"\1 \2 \3") == "down 0 resnets"}
     stride = len(firsts) + 1
-    attentive = {(match[1], match[2]) for match, _ in blocks if match[3] == "attentions"}
+    with_attention = {(match[1], match[2]) for match, _ in blocks if match[3] == "attentions"}
     for match, path in blocks:
         side, level, kind, index, rest = match.groups()
         first, position = stride * int(level or 0), int(index)
@@ -274,12 +279,12 @@ def unet_names(paths: Collection[str]) -> Iterator[tuple[str, str]]:
         elif kind == "downsamplers":
             yield f"input_blocks.{first + stride}.0.op", path
         elif kind == "upsamplers":
-            inner = 2 if (side, level) in attentive else 1
+            inner = 2 if (side, level) in with_attention else 1
             yield f"output_blocks.{first + stride - 1}.{inner}.{rest}", path
         else:
-            row = (
+            block = (
                 f"input_blocks.{first + position + 1}"
                 if side == "down"
                 else f"output_blocks.{first + position}"
             )
-            yield f"{row}.{int(kind == 'attentions')}.{rest}", path
+            yield f"{block}.{int(kind == 'attentions')}.{rest}", path

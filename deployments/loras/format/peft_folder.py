@@ -1,4 +1,4 @@
-"""PEFT folders: the weights in one file, and what trained them, alphas included, in another beside it."""
+"""PEFT folders: one file with the weights, and one with the training configuration, alphas included."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 METADATA = "lora_adapter_metadata"
-"""Where diffusers keeps the same configuration in a file of its own: a key of the metadata."""
+"""The metadata key under which diffusers stores the same configuration in a single file."""
 
 
 def config_beside(weights: Path) -> Path | None:
-    """Return the configuration that belongs to a file of weights: one in its folder, if peft named both."""
+    """Return the configuration file next to `weights` if both have peft's file names, else None."""
     config = weights.with_name(CONFIG)
     return config if weights.name == WEIGHTS and config.is_file() else None

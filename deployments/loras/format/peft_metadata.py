@@ -1,6 +1,6 @@
-"""The alphas in a file's metadata: of the LoRA configuration that diffusers and peft write, above all.
+"""The alphas in a file's metadata, mainly in the LoRA configuration that diffusers and peft write.
 
-A file with `.alpha` tensors has none, and most files of trainers have neither: alpha is then the rank.
+A file with `.alpha` tensors has no such configuration. Most trainers write neither; alpha is then the rank.
 Imports no torch.
 """
 
@@ -23,12 +23,12 @@ _OF_MINIMAX_H3 = re.compile(r"(.*[._])?blocks[._]\d+[._]attn[._]qkv_proj")
 
 @dataclass(frozen=True, slots=True)
 class Scales:
-    """The factors that a file's metadata state; `configs` by component, "" for a file of one."""
+    """The scales in a file's metadata. `configs` are by component, "" if the file has only one."""
 
     configs: Mapping[str, Mapping[str, Any]]
 
     def of(self, stem: str, rank: int | None) -> float | None:
-        """Return the factor of the module `stem` of a file, or none where nothing is stated for it."""
+        """Return the scale of the module `stem`, or None if the metadata have no alpha for it."""
         component, _, path = stem.partition(".")
         if component not in self.configs:
             component, path = "", stem
@@ -40,21 +40,26 @@ class Scales:
 
 
 def stated_scales(metadata: Mapping[str, str], stems: Collection[str]) -> Scales:
-    """Read the metadata of a file with the modules `stems`.
+    """Return the scales in the metadata of a file with the modules `stems`.
 
-    Of files for MiniMax-H3, as diffusers does, also a plain "alpha": turbo LoRAs have theirs there.
+    For MiniMax-H3 a plain "alpha" entry counts too, as in diffusers, because turbo LoRAs have theirs there.
 
-    Raises `JobFailure` (LORA_FORMAT_NOT_SUPPORTED) for a configuration that cannot be read, or of
-    anything but a LoRA.
+    Raises `JobFailure` (LORA_FORMAT_NOT_SUPPORTED) if the configuration cannot be read or is not for a LoRA.
     """
     if METADATA not in metadata:
-        return Scales({"": {"lora_alpha": _number(metadata.get("alpha", ""))}} if _are_of_h3(stems) else {})
+        return Scales(
+            {"": {"lora_alpha": _number(metadata.get("alpha", ""))}} if _are_of_minimax_h3(stems) else {}
+        )
     try:
         entries = json.loads(metadata[METADATA])
     except (ValueError, RecursionError) as error:
-        raise unsupported("has a LoRA configuration in its metadata that is no JSON") from error
+        raise unsupported(
+            "has a LoRA configuration (metadata or adapter_config.json) that is not valid JSON"
+        ) from error
     if not isinstance(entries, dict):
-        raise unsupported("has a LoRA configuration in its metadata that is no object")
+        raise unsupported(
+            "has a LoRA configuration (metadata or adapter_config.json) that is not a JSON object"
+        )
     configs: dict[str, dict[str, Any]] = {}
     for name, value in entries.items():
         component, _, key = name.partition(".")
@@ -64,11 +69,11 @@ def stated_scales(metadata: Mapping[str, str], stems: Collection[str]) -> Scales
         raise unsupported("is a DoRA, which is not supported")
     kinds = {str(config.get("peft_type") or "LORA") for config in configs.values()}
     if other := sorted(kinds - {"LORA"}):
-        raise unsupported(f"is a {shorten(other[0])} of peft's, which is not supported")
+        raise unsupported(f"is a peft adapter of type {shorten(other[0])}, which is not supported")
     return Scales(configs)
 
 
-def _are_of_h3(stems: Collection[str]) -> bool:
+def _are_of_minimax_h3(stems: Collection[str]) -> bool:
     return any(_OF_MINIMAX_H3.fullmatch(stem) for stem in stems)
 
 
@@ -80,7 +85,7 @@ def _number(text: str) -> float | None:
 
 
 def _alpha(config: Mapping[str, Any], path: str) -> float | None:
-    """Return the alpha of the module at `path`: of the pattern that names it, else of all."""
+    """Return the alpha of the module at `path`: the first pattern's that names it, else the default."""
     patterns = config.get("alpha_pattern")
     named = patterns.items() if isinstance(patterns, dict) else ()
     matching = (alpha for name, alpha in named if f".{path}".endswith(f".{name}"))

@@ -1,4 +1,4 @@
-"""From the module names in LoRA files to the layers of a pipeline, by names alone. Imports no torch."""
+"""Maps module names in LoRA files to layers of a pipeline. Works on names alone and imports no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deployments.loras.format.original_names import ORIGINAL_NAMES, SWAPPED, WIT
 Shape: TypeAlias = tuple[int, ...]
 
 Layout: TypeAlias = Mapping[str, Mapping[str, Shape]]
-"""Shapes of the weights of a pipeline's linear and convolution layers, by component and dotted path."""
+"""Weight shapes of a pipeline's linear and convolution layers, by component and dotted path."""
 
 _DENOISERS = ("transformer", "unet")
 
@@ -34,16 +34,16 @@ _PREFIXES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"^text_embedding_projection\."), "connectors"),
     (re.compile(r"^(text_encoder(?:_\d)?|transformer|connectors|unet)\."), r"\1"),
 )
-"""Prefix of a module's name in files, and the pipeline's component it means (no prefix: the denoiser)."""
+"""Prefixes of module names in files, and the component that each means. No prefix means the denoiser."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a module of a file means: one layer, or several whose outputs side by side are the module's.
+    """The layers that a module of a file changes. The outputs of several, side by side, are the module's.
 
-    `layers` are paths in the component; there are none where the pipeline has no such module. With `swapped`
-    the two halves of the module's outputs are the other way round in the layer. One `without_effect` has no
-    layers and is not missed.
+    - `layers` are paths in the component. It is empty if the pipeline has no such module.
+    - `swapped` means that the layer has the two halves of the module's outputs in the opposite order.
+    - `without_effect` means that `layers` is empty and no warning is due.
     """
 
     component: str
@@ -53,12 +53,12 @@ class Target:
 
 
 class Targets:
-    """The layers of a pipeline's models, by every name that files give them."""
+    """The layers of a pipeline's models, by every name that LoRA files use for them."""
 
     def __init__(self, layout: Layout) -> None:
         self.denoiser = next(name for name in _DENOISERS if name in layout)
         t5 = next((name for name, layers in layout.items() if _T5_LAYER in layers), "text_encoder_3")
-        self._meant = {_DENOISER: self.denoiser, _T5: t5}
+        self._components = {_DENOISER: self.denoiser, _T5: t5}
         self._layers = {name: _aliases(layers) for name, layers in layout.items()}
         self._without_effect = {
             name: [pattern for part, pattern in WITHOUT_EFFECT.items() if _has(layers, part)]
@@ -66,14 +66,14 @@ class Targets:
         }
 
     def find(self, stem: str, denoiser: str | None = None) -> Target:
-        """Return the layers that a module's name in a file means.
+        """Return the layers of the module that a file calls `stem`.
 
-        Of two transformers, files name the first whichever they are for; `denoiser` says which it is.
+        For a model with two transformers, files always name the first. `denoiser` is the one to change.
         """
         component = self.denoiser
-        for prefix, meant in _PREFIXES:
+        for prefix, name in _PREFIXES:
             if match := prefix.match(stem):
-                component = self._meant.get(meant) or match.expand(meant)
+                component = self._components.get(name) or match.expand(name)
                 stem = stem[match.end() :]
                 break
         if denoiser and component == self.denoiser:
@@ -86,7 +86,7 @@ class Targets:
 
 
 def _aliases(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Layers by dotted path and by kohya's form of it, which has underscores for dots."""
+    """Return layers by every name for them, with dots and in kohya's form, with underscores."""
     layers: dict[str, tuple[str, ...]] = {}
 
     def add(name: str, found: tuple[str, ...]) -> None:
@@ -95,8 +95,8 @@ def _aliases(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
     paths = list(paths)
     for path in paths:
-        # Transformers 5 dropped a level of CLIP's text model that files still name; attention processors of
-        # older diffusers had no index in `to_out`; the trainer leaves out the top level of HiDream-O1.
+        # Files still name a level of CLIP's text model that transformers 5 dropped. Attention processors of
+        # older diffusers had no index in `to_out`. The trainer leaves out the top level of HiDream-O1.
         for name in (path, f"text_model.{path}", path.removesuffix(".0"), path.removeprefix("model.")):
             add(name, (path,))
     for original, path in unet_names(paths):
@@ -106,10 +106,10 @@ def _aliases(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
             continue
         for original, formats in names:
             for block in count() if "{}" in original else (0,):
-                ours = [path.format(block) for path in formats]
-                if not all(name in layers for name in ours):
+                renamed = [path.format(block) for path in formats]
+                if not all(name in layers for name in renamed):
                     break
-                add(original.format(block), tuple(layer for name in ours for layer in layers[name]))
+                add(original.format(block), tuple(layer for name in renamed for layer in layers[name]))
     return layers
 
 

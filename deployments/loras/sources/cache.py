@@ -1,11 +1,11 @@
-"""LoRA files from elsewhere on this node's disk, by their sha256, shared by all its processes.
+"""The node's disk cache of remote LoRAs, by sha256, shared by all processes of the node.
 
-A file is written under another name, judged, synced and then renamed: what is in the store is whole. Locks
-(`flock`) are the kernel's and end with the process that held them:
+A download is written under a temporary name, checked, synced and then renamed, so every file in the cache is
+complete. All locks are `flock` locks, which the kernel releases when their process ends:
 
-- a file in use is locked shared by its users; the store evicts only what it can lock alone,
-- a download is locked by its writer; one that nobody holds is a crash's leftover,
-- a reference is locked while it is fetched, so that of several processes one downloads.
+- Users of a file hold a shared lock on it. The cache evicts only files that it can lock exclusively.
+- The writer of a download locks it. An unlocked download was left by a crash.
+- A reference is locked while it is fetched, so that only one process downloads it.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ from deployments.loras.sources.lora_root import LoraFile
 from deployments.spec.lora_reference import SUFFIX
 
 _WAIT_S = 0.05
-"""Pause between two tries of a lock that another process holds."""
+"""Pause between two attempts to take a lock that another process holds."""
 
-_STRIPES = 2
-"""Hex digits of a reference's hash that choose its lock: 256 locks, however many references there are."""
+_LOCK_DIGITS = 2
+"""Hex digits of a reference's hash that select its lock. References that share a lock wait for each other."""
 
 
 @dataclass(slots=True)
 class Lease:
-    """A file in use: it stays on disk until `close`."""
+    """A file in use. It stays on disk until `close`."""
 
     lora: LoraFile
     handle: BinaryIO
 
     def close(self) -> None:
-        """Let go."""
+        """Release the file."""
         self.handle.close()
 
 
 class LoraStore:
-    """Files below `root`, of `budget` bytes; what is in use is never evicted and may overshoot them.
+    """A cache of `budget` bytes below `root`. Files in use are never evicted, so it may exceed the budget.
 
-    Every method raises `OSError` where the disk fails or is full; nothing half-written is visible then.
+    Every method raises `OSError` if the disk fails or is full. Half-written files never become visible.
     """
 
     def __init__(self, root: Path, budget: int) -> None:
-        """Name the directory; it is made with the first download."""
+        """Set the directory. The first download creates it."""
         self._files = root / "files"
         self._index = root / "index"
         self._locks = root / "locks"
@@ -65,7 +65,7 @@ class LoraStore:
         self.meter = Meter("disk")
 
     def find(self, sha256: str) -> Lease | None:
-        """Return the file of this content (hex, lower case), if it is here."""
+        """Return the file with this hash (lower-case hex), or None if it is not cached."""
         path = self._files / f"{sha256}{SUFFIX}"
         try:
             handle = path.open("rb")
@@ -76,28 +76,28 @@ class LoraStore:
         if not status.st_nlink:  # Evicted between open and lock.
             handle.close()
             return None
-        # The access time is what eviction goes by; the other one tells whether the content changed.
+        # Eviction goes by the access time. `digest` goes by the modification time, so it must not change.
         os.utime(handle.fileno(), ns=(time.time_ns(), status.st_mtime_ns))
         return Lease(LoraFile(path, sha256, status.st_size), handle)
 
     def recall(self, reference: str) -> tuple[str, str] | None:
-        """Return the sha256 that `reference` led to last time, and the source's name for that version."""
+        """Return the sha256 that `reference` had last time and the source's version of it, or None."""
         entry = _entry_of(self._entry(reference))
         return (entry["sha256"], entry["version"]) if entry else None
 
     def remember(self, reference: str, sha256: str, version: str) -> None:
-        """Note what `reference` leads to; only its hash is written, for it may hold secrets."""
+        """Record the file of `reference`. It may hold secrets, so only a hash of it is written."""
         unfinished = self._incoming / secrets.token_hex(16)
-        with self._alone():
+        with self._locked():
             unfinished.write_text(json.dumps({"sha256": sha256, "version": version}))
             unfinished.replace(self._entry(reference))
 
     @contextmanager
     def flight(self, reference: str, tick: Callable[[], None]) -> Iterator[None]:
-        """Hold the lock of `reference`; `tick` is called while another process holds it, and may raise."""
+        """Hold the lock of `reference`. `tick` is called while another process holds it, and may raise."""
         for folder in (self._files, self._index, self._locks, self._incoming):
             folder.mkdir(parents=True, exist_ok=True)
-        with (self._locks / _hashed(reference)[:_STRIPES]).open("wb") as lock:
+        with (self._locks / _hashed(reference)[:_LOCK_DIGITS]).open("wb") as lock:
             while not locked(lock):
                 tick()
                 time.sleep(_WAIT_S)
@@ -105,12 +105,12 @@ class LoraStore:
 
     @contextmanager
     def incoming(self) -> Iterator[BinaryIO]:
-        """Give a file to download into; it is gone when the block ends, unless it was kept.
+        """Yield a file to download into. It is deleted when the block ends, unless `keep` took it.
 
-        To be used within a `flight`.
+        Use it within a `flight`.
         """
         path = self._incoming / secrets.token_hex(16)
-        with self._alone():
+        with self._locked():
             file = path.open("x+b")
             fcntl.flock(file, fcntl.LOCK_EX)
         with file:
@@ -120,40 +120,40 @@ class LoraStore:
                 path.unlink(missing_ok=True)
 
     def keep(self, file: BinaryIO, sha256: str) -> Lease:
-        """Take a complete download into the store and make room for it."""
+        """Add a complete download to the cache and make room for it."""
         file.flush()
         os.fsync(file.fileno())
         path = self._files / f"{sha256}{SUFFIX}"
-        with self._alone():
+        with self._locked():
             if not path.exists():
                 size = os.fstat(file.fileno()).st_size
                 self.meter.holds(self._make_room(size) + size)
-                fcntl.flock(file, fcntl.LOCK_SH)  # The downloader is a user like any other now.
+                fcntl.flock(file, fcntl.LOCK_SH)  # From here on the writer is an ordinary user.
                 Path(file.name).rename(path)
                 sync_directory(self._files)
             lease = self.find(sha256)
-        assert lease is not None  # noqa: S101 - whoever evicts holds the same lock
+        assert lease is not None  # noqa: S101 - eviction needs the lock held here
         return lease
 
     def evict(self) -> bool:
-        """Remove all that is not in use, for a disk that is full before the budget is; tell if any was."""
-        with self._alone():
+        """Remove every file that is not in use, because the disk is full. Return whether any was removed."""
+        with self._locked():
             gone = [path.stem for path in self._files.iterdir() if _remove_unused(path)]
             for sha256 in gone:
                 self._forget(sha256)
         return bool(gone)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the lock of the store's directories."""
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock of the cache's directories."""
         with (self._locks / "store").open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _make_room(self, size: int) -> int:
-        """Evict files that are not in use, the least recently used first; remove what crashes left.
+        """Evict the least recently used files until `size` bytes fit. Also delete what crashes left.
 
-        Returns the bytes of the files that stay.
+        Files in use stay. Returns the bytes of the files that stay.
         """
         for leftover in self._incoming.iterdir():
             _remove_unused(leftover)
@@ -181,7 +181,7 @@ def _hashed(reference: str) -> str:
 
 
 def _entry_of(path: Path) -> dict[str, str]:
-    """Read an entry of the index; it is empty where there is none, or a power loss left it so."""
+    """Read an index entry. Returns {} if it is missing or was damaged by a power loss."""
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
@@ -189,7 +189,7 @@ def _entry_of(path: Path) -> dict[str, str]:
 
 
 def _remove_unused(path: Path) -> bool:
-    """Remove a file unless somebody holds its lock, or was quicker."""
+    """Remove a file unless it is locked or already gone. Return whether it was removed."""
     try:
         with path.open("rb") as file:
             if unused := locked(file):

@@ -1,7 +1,8 @@
-"""LoRAs whose preparation ended a process: those are prepared for a claimed job alone, whose attempts count.
+"""Records LoRAs that crashed a process while they were preloaded, so that they are not preloaded again.
 
-What is prepared ahead of its job is nobody's attempt. Without these notes it could end one worker after the
-other, each time at the cost of the job that runs there.
+Such a LoRA is only loaded for a claimed job, whose attempts are limited. A preload is no attempt of its job,
+so without these records a LoRA could crash one worker after another. Each crash would cost the job that runs
+there one attempt.
 """
 
 from __future__ import annotations
@@ -17,45 +18,45 @@ from typing import BinaryIO
 from deployments.loras.sources.file_locks import locked
 
 KEPT_S = 86_400.0
-"""How long a note is believed, in seconds: a process may have ended for another reason just then."""
+"""Seconds that a record counts. It expires, since the process may have died for another reason."""
 
 
 class Suspects:
-    """Notes in a directory of this node, shared by all its processes.
+    """Records in a directory of this node, shared by all its processes.
 
-    A note is locked (`flock`) by the process that prepares; one that nobody holds is a dead process's.
+    A process locks (`flock`) its record while it preloads. An unlocked record was left by a dead process.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Name the directory; it is made with the first note."""
+        """Set the directory. The first record creates it."""
         self._folder = folder
 
     @contextmanager
     def trying(self, sha256: str) -> Iterator[bool]:
-        """Note for the block that an adapter is being prepared; yield whether it may be.
+        """Record for the block that a LoRA is being preloaded. Yields whether it may be.
 
-        It may not where a process ended while it did, nor where the disk takes no note.
+        It may not if a process died while preloading it, or if the record cannot be written.
         """
-        note = None if self._suspected(sha256) else self._leave(sha256)
+        record = None if self._suspected(sha256) else self._record(sha256)
         try:
-            yield note is not None
+            yield record is not None
         finally:
-            if note:
-                Path(note.name).unlink(missing_ok=True)
-                note.close()
+            if record:
+                Path(record.name).unlink(missing_ok=True)
+                record.close()
 
     def _suspected(self, sha256: str) -> bool:
-        for note in self._folder.glob(f"{sha256}.*"):
-            with suppress(FileNotFoundError), note.open("rb") as file:
-                if locked(file) and time.time() - note.stat().st_mtime < KEPT_S:
+        for record in self._folder.glob(f"{sha256}.*"):
+            with suppress(FileNotFoundError), record.open("rb") as file:
+                if locked(file) and time.time() - record.stat().st_mtime < KEPT_S:
                     return True
         return False
 
-    def _leave(self, sha256: str) -> BinaryIO | None:
+    def _record(self, sha256: str) -> BinaryIO | None:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            note = (self._folder / f"{sha256}.{secrets.token_hex(8)}").open("xb")
+            record = (self._folder / f"{sha256}.{secrets.token_hex(8)}").open("xb")
         except OSError:
             return None
-        fcntl.flock(note, fcntl.LOCK_EX)
-        return note
+        fcntl.flock(record, fcntl.LOCK_EX)
+        return record

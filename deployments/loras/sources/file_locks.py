@@ -1,4 +1,4 @@
-"""Locks of files (`flock`): the kernel's, so they end with the process that held them."""
+"""File locks (`flock`). The kernel releases them when their process ends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 
 def locked(lock: BinaryIO) -> bool:
-    """Lock a file alone, if nobody else has it locked; tell whether that went."""
+    """Try to lock a file exclusively, without waiting. Return whether it is locked now."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

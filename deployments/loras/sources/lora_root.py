@@ -1,4 +1,4 @@
-"""From the LoRA path of a request to a file below the LoRA root, and nowhere else. Imports no torch."""
+"""Resolves a request's LoRA path to a file below the LoRA root, never outside it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from deployments.spec.lora_reference import SUFFIX, LoraNotSafetensors, LoraRefe
 
 
 class LoraPathNotAllowed(LoraReferenceError):
-    """The path leaves the LoRA root. Says nothing of what is there."""
+    """The path leaves the LoRA root. The message does not reveal what is there."""
 
     code = "LORA_PATH_NOT_ALLOWED"
 
@@ -30,10 +30,10 @@ class LoraNotFound(LoraReferenceError):
 
 @dataclass(frozen=True, slots=True)
 class LoraFile:
-    """A LoRA file on this node: `sha256` (hex) names its content, `bytes` is its size.
+    """A LoRA file on this node: `sha256` (hex) identifies its content, `bytes` is its size.
 
-    The content of weights with a configuration beside them is both, one after the other.
-    `expert` says which of a model's two transformers it is for, where it has two.
+    For a PEFT folder, the hash covers the weights and then the configuration. `expert` says which transformer
+    the file is for, if the model has two.
     """
 
     path: Path
@@ -45,9 +45,9 @@ class LoraFile:
 def resolve(root: Path, reference: str) -> Path:
     """Resolve a request's LoRA path to a regular `.safetensors` file inside `root`.
 
-    The result is a real path; of a PEFT folder, its weights below the folder's real path. Raises
-    `LoraPathNotAllowed` for a path that leaves the root by its text (also percent-encoded, once or more
-    often) or through links, `LoraNotFound` where nothing is, `LoraNotSafetensors` for anything else.
+    Returns a real path. For a PEFT folder it is that of the weights, below the folder's real path. Raises
+    `LoraPathNotAllowed` if the path leaves the root by its text (also percent-encoded, once or repeatedly)
+    or through links, `LoraNotFound` if nothing is there, and `LoraNotSafetensors` for anything else.
     """
     if any(_leaves(root, form) for form in _decodings(reference)):
         raise _not_allowed()
@@ -65,7 +65,7 @@ def resolve(root: Path, reference: str) -> Path:
 
 
 def open_lora(root: Path, reference: str) -> LoraFile:
-    """Resolve a reference and name its content; a file seen before and unchanged is not read again.
+    """Resolve a reference and hash its content. An unchanged file is not read again.
 
     Raises as `resolve`.
     """
@@ -77,14 +77,14 @@ def open_lora(root: Path, reference: str) -> LoraFile:
 
 
 def digest(path: Path) -> str:
-    """Return the sha256 of a LoRA's content in hex, remembered while inode, size and time stay the same."""
+    """Return the sha256 (hex) of a LoRA, cached while device, inode, size and mtime are the same."""
     config = config_beside(path)
     return _digest(*(_Version.of(file) for file in ((path, config) if config else (path,))))
 
 
 @dataclass(frozen=True, slots=True)
 class _Version:
-    """A file as it is now."""
+    """Identifies the content of a file without reading it."""
 
     path: Path
     device: int
@@ -115,7 +115,7 @@ def _real(root: Path, path: Path) -> Path:
 
 
 def _decodings(reference: str) -> Iterator[str]:
-    """Yield the text itself, then percent-decoded until it stays the same; each decoding is shorter."""
+    """Yield the text, then its percent-decodings until nothing changes. Each is shorter, so this ends."""
     yield reference
     while (decoded := unquote(reference)) != reference:
         yield decoded
@@ -123,7 +123,7 @@ def _decodings(reference: str) -> Iterator[str]:
 
 
 def _leaves(root: Path, text: str) -> bool:
-    """Whether a path's text steps out of the root at any segment, or holds what only an escape needs."""
+    """Return whether the text of a path leaves the root at any segment, or has a backslash or NUL."""
     if "\0" in text or "\\" in text:
         return True
     if text.startswith("/"):

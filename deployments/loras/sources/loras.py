@@ -1,7 +1,8 @@
-"""Opens the LoRAs of jobs wherever they are: below the LoRA root, on the web, on the hub, in S3.
+"""Opens the LoRAs of jobs, wherever they are stored: below the LoRA root, on the web, on the hub, in S3.
 
-What comes from elsewhere is fetched into the node's store, judged there by its header, and leased for the
-job. The source is asked each time whether its file is still the one that is here. Imports no torch.
+Remote LoRAs are downloaded into the node's cache, checked by their header, and leased to the job. Each time,
+the source is asked whether the cached file is still current, unless the job gives the file's sha256. Imports
+no torch.
 """
 
 from __future__ import annotations
@@ -10,21 +11,19 @@ import errno
 import re
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, closing, contextmanager
-from functools import cached_property, partial
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TypeAlias
+from typing import BinaryIO, Self, TypeAlias
 from urllib.parse import quote
 
-from botocore.exceptions import BotoCoreError, ClientError
 from huggingface_hub import constants, get_token
 
 from cluster.failures import FailureCode, JobFailure
 from cluster.metrics import Meter
-from cluster.net.fetcher import Fetched, Fetcher, fault_of
-from cluster.net.limits import FetchError, FetchFault, copy, too_large
+from cluster.net.fetcher import Fetched, Fetcher
+from cluster.net.limits import FetchError, FetchFault
 from cluster.net.urls import Url, parse_url
-from cluster.objects.s3 import new_client
 from deployments.loras.format.header import (
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
@@ -34,6 +33,7 @@ from deployments.loras.format.header import (
     read_header,
 )
 from deployments.loras.format.modules import judge
+from deployments.loras.sources.buckets import Buckets
 from deployments.loras.sources.cache import Lease, LoraStore
 from deployments.loras.sources.lora_root import LoraFile, open_lora
 from deployments.settings import RenderSettings
@@ -60,24 +60,24 @@ _CODES = {
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
-# More than "<": that is also the first byte of a safetensors file whose header has 60 bytes.
+# "<" is not enough: a safetensors file with a header of 60 bytes starts with it too.
 _HTML = re.compile(rb"\s*<(!doctype|html|head|body|!--|\?xml)", re.IGNORECASE)
 
 _IS_HTML = (
-    "The URL leads to a web page, not to a file. Use the file's own download link: on huggingface.co the one"
-    " with /resolve/, on civitai.com https://civitai.com/api/download/models/NUMBER."
+    "The URL returned a web page, not a file. Use the file's download link: on huggingface.co the one with"
+    " /resolve/, on civitai.com https://civitai.com/api/download/models/NUMBER."
 )
 
 Tick: TypeAlias = Callable[[], None]
 
 _Fetch: TypeAlias = Callable[[BinaryIO, str | None], Fetched | None]
-"""Writes a file, or returns None if its source still has the given version."""
+"""Downloads into a file, or returns None if the source still has the given version."""
 
 
 class Loras:
-    """The LoRAs that jobs may name: those below `root`, and those that `fetcher` may fetch into `store`.
+    """Opens LoRAs: files below `root`, and remote files that `fetcher` may download into `store`.
 
-    `buckets` are those of S3 that the operator lists, `max_bytes` bounds a file from elsewhere, `hub` is the
+    `buckets` are the S3 buckets that the operator allows. `max_bytes` limits a remote file. `hub` is the
     endpoint of the Hugging Face hub (`HF_ENDPOINT`).
     """
 
@@ -98,11 +98,12 @@ class Loras:
         self._buckets = buckets
         self._max_bytes = max_bytes
         self._hub = hub
+        self._s3 = Buckets()
         self._origin = Meter("origin")
 
     @classmethod
     def of(cls, settings: RenderSettings, fetcher: Fetcher) -> Self:
-        """Return the LoRAs of a node with these settings."""
+        """Return the opener for a node with these settings."""
         return cls(
             settings.loras,
             LoraStore(settings.lora_cache, settings.lora_cache_bytes),
@@ -115,10 +116,11 @@ class Loras:
     def open(
         self, lora: LoraSpec, *, tick: Tick = lambda: None, token: str | None = None
     ) -> Iterator[LoraFile]:
-        """Yield the file of a LoRA, which stays on disk until the block ends.
+        """Yield the file of a LoRA. The cache keeps it on disk until the block ends.
 
-        `tick` is called while bytes come and may raise; `token` is for the hub and wins over the server's.
-        Raises `JobFailure` with the code of what is wrong, and `retry` where it may be right another time.
+        `tick` is called during waits and downloads, and may raise to abort. `token` is for the hub and
+        replaces the server's. Raises `JobFailure` with the code of the error, and with `retry` if another
+        attempt may succeed.
         """
         lease = None
         with _as_job_failure():
@@ -144,7 +146,7 @@ class Loras:
         return lease is not None
 
     def peek(self, remote: RemoteFile, token: str | None = None) -> Header:
-        """Return the header of a LoRA from elsewhere; its weights are not fetched. Raises as `open`."""
+        """Return the header of a remote LoRA without downloading its weights. Raises as `open`."""
         with _as_job_failure():
             check(remote, self._fetcher.hosts, self._buckets)
             start, _ = self._read(remote, 0, LENGTH_BYTES, token)
@@ -155,13 +157,9 @@ class Loras:
             return parse_header(text, length, size)
 
     def _read(self, remote: RemoteFile, start: int, stop: int, token: str | None) -> tuple[bytes, int | None]:
-        """Return a part of a file, as `Fetcher.read` does."""
+        """Return the bytes from `start` to `stop`, and the file's size if known, as `Fetcher.read` does."""
         if isinstance(remote, BucketFile):
-            with _s3_faults():
-                span = f"bytes={start}-{stop - 1}"
-                answer = self._s3.get_object(Bucket=remote.bucket, Key=remote.key, Range=span)
-                with closing(answer["Body"]) as body:
-                    return body.read(stop - start), int(answer["ContentRange"].rpartition("/")[2])
+            return self._s3.read(remote, start, stop)
         if isinstance(remote, HubFile):
             url = self._hub_url(remote, remote.revision)
             return self._fetcher.read(url, start, stop, token=token or get_token())
@@ -178,32 +176,32 @@ class Loras:
             return self._newest(remote, lambda into, version: get(into, version, tick))
 
     def _newest(self, remote: RemoteFile, fetch: _Fetch) -> Lease:
-        """Return the file as it is at its source now; it is downloaded unless that version is here."""
+        """Return the file that the source has now. Downloads it unless the cached version is current."""
         name = unsigned(remote)
         sha256, version = self._store.recall(name) or (None, None)
         with ExitStack() as held, self._store.incoming() as into:
-            # Held from here on: "unchanged" is worth nothing without the copy.
-            copy_here = self._store.find(sha256) if sha256 else None
-            if copy_here:
-                held.callback(copy_here.close)
+            # Leased before the source is asked, so that the copy cannot be evicted in between.
+            cached = self._store.find(sha256) if sha256 else None
+            if cached:
+                held.callback(cached.close)
             started = time.perf_counter()
-            fetched = self._fetch(fetch, into, version if copy_here else None)
+            fetched = self._fetch(fetch, into, version if cached else None)
             self._store.meter.looked_up(hit=fetched is None)
             if fetched is not None:
                 self._origin.read(fetched.bytes, time.perf_counter() - started)
                 into.flush()
-                _judge(Path(into.name))
+                _check_download(Path(into.name))
                 lease = self._store.keep(into, fetched.sha256)
                 if fetched.etag:
                     self._store.remember(name, fetched.sha256, fetched.etag)
                 return lease
-            if copy_here:
+            if cached:
                 held.pop_all()
-                return copy_here
-        raise FetchError(FetchFault.UNREACHABLE, "The source sent nothing, though it was asked for the file.")
+                return cached
+        raise FetchError(FetchFault.UNREACHABLE, "The source was asked for the file but sent none.")
 
     def _fetch(self, fetch: _Fetch, into: BinaryIO, version: str | None) -> Fetched | None:
-        """Fetch; where the disk is full, once more with all the room that the store can make."""
+        """Fetch. If the disk is full, evict everything unused and try once more."""
         try:
             return fetch(into, version)
         except OSError as error:
@@ -214,14 +212,14 @@ class Loras:
         return fetch(into, version)
 
     def _stored(self, sha256: str) -> Lease | None:
-        """Return the node's copy of this content, if there is one; a hit of the disk tier."""
+        """Return the cached file with this hash, or None. Counts hits of the disk tier only."""
         lease = self._store.find(sha256)
         if lease:
             self._store.meter.looked_up(hit=True)
         return lease
 
     def _from_hub(self, remote: HubFile, expected: str | None, tick: Tick, token: str | None) -> Lease:
-        """Ask the hub for the version of the file, which is its sha256 if it is large; then get that one."""
+        """Ask the hub for the file's version, the sha256 for large files. Return that version."""
         headers = self._fetcher.head(self._hub_url(remote, remote.revision), token=token, tick=tick)
         etag = headers.get("x-linked-etag") or headers.get("etag", "")
         version = etag.removeprefix("W/").strip('"')
@@ -237,7 +235,9 @@ class Loras:
                 return None
             fetched = self._fetcher.fetch(url, into, max_bytes=self._max_bytes, token=token, tick=tick)
             if fetched is None or fetched.sha256 != (sha256 or fetched.sha256):
-                raise FetchError(FetchFault.UNREACHABLE, "The file is not the one that the hub announced.")
+                raise FetchError(
+                    FetchFault.UNREACHABLE, "The file does not match the sha256 that the hub announced."
+                )
             return Fetched(fetched.sha256, fetched.bytes, version)
 
         return self._newest(remote, fetch)
@@ -252,65 +252,35 @@ class Loras:
     def _get_object(
         self, remote: BucketFile, into: BinaryIO, version: str | None, tick: Tick
     ) -> Fetched | None:
-        pace = self._fetcher.pace(tick)
-        unless = {"IfNoneMatch": version} if version else {}
-        with _s3_faults():
-            try:
-                answer = self._s3.get_object(Bucket=remote.bucket, Key=remote.key, **unless)
-            except ClientError as error:
-                if _status_of(error) == 304:
-                    return None
-                raise
-            with closing(answer["Body"]) as body:
-                if answer["ContentLength"] > self._max_bytes:
-                    raise too_large(self._max_bytes)
-                sha256, size = copy(pace.over(body.iter_chunks(2**16)), into, self._max_bytes)
-        return Fetched(sha256, size, answer["ETag"])
-
-    @cached_property
-    def _s3(self) -> Any:  # noqa: ANN401 - boto3 makes its clients' types when they are made
-        return new_client()
+        return self._s3.fetch(
+            remote, into, max_bytes=self._max_bytes, version=version, pace=self._fetcher.pace(tick)
+        )
 
 
 @contextmanager
 def _as_job_failure() -> Iterator[None]:
-    """Raise what goes wrong with a reference as a `JobFailure`."""
+    """Turn the errors of references, downloads and the disk into `JobFailure`."""
     try:
         yield
     except LoraReferenceError as error:
         raise JobFailure(FailureCode(error.code), str(error)) from error
     except FetchError as error:
         raise JobFailure(
-            _CODES[error.fault], f"The LoRA cannot be fetched. {error}", retry=error.retry
+            _CODES[error.fault], f"The LoRA cannot be downloaded. {error}", retry=error.retry
         ) from error
     except OSError as error:
-        message = f"The node's store of LoRAs fails: {error.strerror}."
+        message = f"The LoRA cache on the node's disk failed: {error.strerror}."
         raise JobFailure(FailureCode.LORA_STORE_ERROR, message, retry=True) from error
-
-
-@contextmanager
-def _s3_faults() -> Iterator[None]:
-    try:
-        yield
-    except ClientError as error:
-        status = _status_of(error)
-        raise FetchError(fault_of(status), f"S3 answered {status}.") from error
-    except BotoCoreError as error:
-        raise FetchError(FetchFault.UNREACHABLE, "S3 cannot be reached.") from error
-
-
-def _status_of(error: ClientError) -> int:
-    return error.response["ResponseMetadata"]["HTTPStatusCode"]
 
 
 def _verify(sha256: str, expected: str | None) -> None:
     if expected and sha256 != expected:
-        message = f"The LoRA has the sha256 {sha256}, not the one of the request."
+        message = f"The sha256 of the LoRA is {sha256}, not the one in the request."
         raise JobFailure(FailureCode.LORA_HASH_MISMATCH, message)
 
 
-def _judge(path: Path) -> None:
-    """Refuse what is no LoRA before it enters the store."""
+def _check_download(path: Path) -> None:
+    """Refuse a download that is not a LoRA, before it enters the cache."""
     with path.open("rb") as file:
         if _HTML.match(file.read(256)):
             raise JobFailure(FailureCode.LORA_URL_IS_HTML, _IS_HTML)

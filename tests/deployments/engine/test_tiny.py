@@ -55,7 +55,7 @@ def test_the_global_random_state_is_left_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_checkpoints_of_the_demo(tmp_path: Path) -> None:
+def test_stand_ins_of_flux_and_kontext(tmp_path: Path) -> None:
     write_tiny_checkpoints(tmp_path)
     for name, pipeline in (("FLUX.1-dev", FluxPipeline), ("FLUX.1-Kontext-dev", FluxKontextPipeline)):
         folder = tmp_path / f"black-forest-labs--{name}"

@@ -124,5 +124,5 @@ def test_no_switch_compiles_anything_again(
 
 def test_a_model_without_repeated_blocks_is_not_compiled() -> None:
     pipeline = SimpleNamespace(components={"unet": torch.nn.Linear(2, 2)})
-    with pytest.raises(ValueError, match="repeats"):
+    with pytest.raises(ValueError, match="no repeated blocks"):
         Compiled(pipeline, layers_of(pipeline))

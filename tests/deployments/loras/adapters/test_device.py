@@ -153,9 +153,9 @@ def test_some_modules_without_a_layer_are_a_warning(new_studio: Get, tmp_path: P
     for _ in range(2):
         (warning,) = engine.use([(file, 1.0)])
         for words in (
-            "1 of 2 of unet",
-            "1 of 1 of text_encoder,",
-            "1 of 1 of text_encoder_3",
+            "1 of 2 in unet",
+            "1 of 1 in text_encoder,",
+            "1 of 1 in text_encoder_3",
             "lora_te1_nothing_here",
         ):
             assert words in warning
@@ -171,13 +171,16 @@ def broken(**changed: Any) -> dict[str, torch.Tensor]:
 
 
 REFUSED = {
-    "NaN": (broken(lora_A_weight=torch.full((2, 32), torch.nan)), "infinite or no numbers"),
-    "infinite": (broken(lora_B_weight=torch.full((32, 2), torch.inf)), "infinite or no numbers"),
-    "rank mismatch": (broken(lora_B_weight=torch.ones(32, 3)), "make no LoRA"),
-    "rank 0": (broken(lora_A_weight=torch.ones(0, 32), lora_B_weight=torch.ones(32, 0)), "make no LoRA"),
-    "one dimension": (broken(lora_A_weight=torch.ones(32)), "make no LoRA"),
-    "three dimensions": (broken(lora_A_weight=torch.ones(2, 4, 8)), "make no LoRA"),
-    "integers": (broken(lora_A_weight=torch.ones(2, 32, dtype=torch.int8)), "no floating-point"),
+    "NaN": (broken(lora_A_weight=torch.full((2, 32), torch.nan)), "infinite or NaN"),
+    "infinite": (broken(lora_B_weight=torch.full((32, 2), torch.inf)), "infinite or NaN"),
+    "rank mismatch": (broken(lora_B_weight=torch.ones(32, 3)), "do not form a LoRA"),
+    "rank 0": (
+        broken(lora_A_weight=torch.ones(0, 32), lora_B_weight=torch.ones(32, 0)),
+        "do not form a LoRA",
+    ),
+    "one dimension": (broken(lora_A_weight=torch.ones(32)), "do not form a LoRA"),
+    "three dimensions": (broken(lora_A_weight=torch.ones(2, 4, 8)), "do not form a LoRA"),
+    "integers": (broken(lora_A_weight=torch.ones(2, 32, dtype=torch.int8)), "not floating-point"),
     "no up": (broken(lora_B_weight=None), "incomplete"),
     "alpha of two": (broken(alpha=torch.ones(2)), "alpha"),
     "alpha NaN": (broken(alpha=torch.tensor(torch.nan)), "alpha"),
@@ -196,7 +199,7 @@ REFUSED = {
         "LoKr factor of shape",
     ),
     "twice": (pair() | pair(LAYER.replace("transformer.", "lora_unet_", 1).replace(".", "_")), "twice"),
-    "roles twice": (pair() | {f"{LAYER}.lora_A.other.weight": torch.ones(2, 32)}, "cannot be placed"),
+    "roles twice": (pair() | {f"{LAYER}.lora_A.other.weight": torch.ones(2, 32)}, "duplicate or unknown"),
     "DoRA": (broken(magnitude=torch.ones(32)), "DoRA"),
 }
 

@@ -68,7 +68,7 @@ def test_files_of_the_trainer(model: str, dialect: Dialect) -> None:
         ),
         (("lora_unet_a.oft_blocks",), "OFT"),
         ((*PAIR, "transformer.norm.diff_b"), "whole layers"),
-        ((*PAIR, "transformer.norm.weight"), "no part of a LoRA"),
+        ((*PAIR, "transformer.norm.weight"), "not part of a LoRA"),
         (("unet.conv_in.weight", "unet.conv_in.bias"), "no LoRA tensors"),
         (("lora_unet_a.alpha",), "no LoRA tensors"),
         ((), "no LoRA tensors"),

@@ -54,9 +54,9 @@ def test_a_file_of_another_name_has_no_configuration_beside_it(folder: Path) -> 
         ('{"peft_type": "LOHA"}', "LOHA"),
         ('{"peft_type": ["LORA"]}', "LORA"),
         ('{"use_dora": true}', "DoRA"),
-        ("[]", "no object"),
-        ("{", "no JSON"),
-        ("\xff", "no JSON"),
+        ("[]", "not a JSON object"),
+        ("{", "not valid JSON"),
+        ("\xff", "not valid JSON"),
     ],
 )
 def test_configurations_that_are_refused(folder: Path, config: str, reason: str) -> None:
