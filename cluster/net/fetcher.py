@@ -20,7 +20,7 @@ import httpcore
 import httpx
 
 from cluster.net.limits import LIMITS, FetchError, FetchFault, Limits, Pace, copy, too_large
-from cluster.net.pinned import Pinned
+from cluster.net.pinned_connections import Pinned
 from cluster.net.urls import Url, UrlRefused, check_url, is_listed, is_public, parse_url
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})

@@ -17,7 +17,7 @@ from torch import Tensor
 from cluster.failures import FailureCode, JobFailure
 from deployments.loras.adapters.deltas import Delta, Layer, build
 from deployments.loras.adapters.packed import LayerName, Packed, pack
-from deployments.loras.format.by_head import sort_by_projection
+from deployments.loras.adapters.projections_by_head import sort_by_projection
 from deployments.loras.format.dialects import group
 from deployments.loras.format.header import read_header, shorten, unsupported
 from deployments.loras.format.modules import Contents, Module, judge

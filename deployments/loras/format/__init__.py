@@ -1,1 +1,1 @@
-"""The LoRA file format: header, key dialects, layer names, modules. Only `by_head` imports torch."""
+"""The LoRA file format: header, key dialects, layer names, modules. Imports no torch."""

@@ -7,7 +7,7 @@ import torch
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_minimax_h3_lora_to_diffusers
 
 from cluster.failures import JobFailure
-from deployments.loras.format.by_head import sort_by_projection
+from deployments.loras.adapters.projections_by_head import sort_by_projection
 
 
 @pytest.mark.parametrize("stem", ["blocks.0", "token_refiner.blocks.0"])
