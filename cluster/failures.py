@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Self
 
 
 class FailureCode(StrEnum):
@@ -31,6 +32,7 @@ class FailureCode(StrEnum):
     OUTPUT_STORE_ERROR = "OUTPUT_STORE_ERROR"
     OUT_OF_MEMORY = "OUT_OF_MEMORY"
     SECRET_UNREADABLE = "SECRET_UNREADABLE"  # noqa: S105 - a code
+    SPEC_UNREADABLE = "SPEC_UNREADABLE"
     URL_NOT_ALLOWED = "URL_NOT_ALLOWED"
     WORKER_LOST = "WORKER_LOST"
 
@@ -43,6 +45,11 @@ class JobFailure(Exception):
         self.code = code
         self.message = message
         self.retry = retry
+
+    def without_frames(self) -> Self:
+        """Drop traceback and causes: their frames keep every local alive, such as tensors on a device."""
+        self.__cause__ = self.__context__ = None
+        return self.with_traceback(None)
 
 
 class StoreUnavailable(Exception):

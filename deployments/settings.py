@@ -61,6 +61,8 @@ class RenderSettings(BaseSettings):
         Names, AfterValidator(_are_hosts), Field(validation_alias="FETCH_ALLOW_HOSTS")
     ] = ()
     fetch_buckets: Annotated[Names, Field(validation_alias="FETCH_ALLOW_BUCKETS")] = ()
+    # Whether the server's own hub token, `HF_TOKEN`, also fetches `hf://` LoRAs of requests without one.
+    hub_token_for_requests: bool = False
     checkpoints: Annotated[Path | None, Field(validation_alias="CHECKPOINTS_PATH")] = None
     model_cache: Annotated[Path | None, Field(validation_alias="MODEL_CACHE_DIR")] = None
     device: Annotated[Literal["auto", "cuda", "cpu"], Field(validation_alias="DEVICE")] = "auto"

@@ -6,6 +6,7 @@ deterministic, and the global random state is neither read nor changed.
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -27,11 +28,11 @@ from deployments.engine.offload import OFFLOADS, place
 from deployments.engine.progress import Observer, Progress
 from deployments.engine.tiling import tiled_decode
 from deployments.engine.videos import Sound
+from deployments.loras.adapters.active_adapters import Adapters
 from deployments.loras.adapters.compiled import Compiled
 from deployments.loras.adapters.conversion import Converter, layers_of
-from deployments.loras.adapters.device import Adapters
-from deployments.loras.adapters.host import HostTier
-from deployments.loras.sources.lora_root import LoraFile, digest
+from deployments.loras.adapters.host_tier import HostTier
+from deployments.loras.sources.lora_file import LoraFile, digest
 from deployments.settings import WorkerSettings
 from deployments.spec.job import PromptSpec, Sampling
 
@@ -188,6 +189,11 @@ class Engine:
     def drop_adapters(self) -> None:
         """Drop every adapter on the device, including active ones, and free their memory."""
         self._loaded_adapters.drop()
+        self.free_memory()
+
+    def free_memory(self) -> None:
+        """Collect what failed work left in reference cycles, and return unused memory to the device."""
+        gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

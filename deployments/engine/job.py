@@ -21,7 +21,7 @@ from deployments.engine.engine import Engine
 from deployments.engine.media import Media
 from deployments.engine.out_of_memory import fit
 from deployments.engine.progress import Observer
-from deployments.loras.sources.lora_root import LoraFile
+from deployments.loras.sources.lora_file import LoraFile
 from deployments.loras.sources.loras import Tick
 from deployments.spec.job import LoraSpec, PromptSpec, RenderSpec, bare
 

@@ -101,5 +101,7 @@ def be_deterministic() -> None:
     """Choose kernels that give the same bits each time. cuBLAS reads the variable when it starts."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Otherwise torch fills every `torch.empty` with NaN, which only finds reads of uninitialised memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True

@@ -27,15 +27,14 @@ def fit(engine: Engine, what: str, action: Callable[[], _T]) -> _T:
         if not _is_out_of_memory(error):
             raise
         logger.warning("out of device memory for %s; dropping all adapters for a second try", what)
-    # Outside the handler: inside it, the exception's frames would still hold the tensors.
+    # Outside the handlers: inside one, the exception's frames would still hold the tensors.
     engine.drop_adapters()
     try:
         return action()
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
-        message = f"the device has too little memory for {what}"
-        raise JobFailure(FailureCode.OUT_OF_MEMORY, message) from error
+    raise JobFailure(FailureCode.OUT_OF_MEMORY, f"the device has too little memory for {what}")
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -172,6 +172,8 @@ class ClaimLoop:
             run.fail(failure)
         except Exception:
             self._diagnose(run)
+        if run.failure is not None and run.failure.code is FailureCode.OUT_OF_MEMORY:
+            self._engine.free_memory()
         self._note_warm(run, report)
         # At most one job is published while the next one renders.
         if self._publishing is not None:

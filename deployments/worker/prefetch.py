@@ -23,7 +23,7 @@ from typing import TypeAlias
 from cluster.failures import FailureCode, JobFailure, StoreUnavailable
 from cluster.jobs.claims import Answer
 from cluster.jobs.model import Job
-from deployments.loras.sources.lora_root import LoraFile
+from deployments.loras.sources.lora_file import LoraFile
 from deployments.loras.sources.loras import Loras, Tick
 from deployments.spec.job import LoraSpec, RenderSpec, unseal
 
@@ -64,7 +64,7 @@ class Arrival:
     def open(self, lora: LoraSpec, *, tick: Tick, token: str | None) -> AbstractContextManager[LoraFile]:
         """Return a file that is already open, as `Loras.open` would, or raise the failure of the fetch."""
         if self.failure:
-            raise self.failure
+            raise self.failure from None
         return nullcontext(self.files[lora])
 
 
@@ -182,7 +182,7 @@ class Prefetcher:
         try:
             self._open(arrival, spec, secret)
         except JobFailure as failure:
-            arrival.failure = failure
+            arrival.failure = failure.without_frames()
         except _Closed:
             pass
         except Exception as error:

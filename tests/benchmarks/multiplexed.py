@@ -16,7 +16,8 @@ import ray
 from ray import serve
 
 from deployments.engine.job import Unwatched
-from deployments.loras.sources.lora_root import LoraFile, open_lora
+from deployments.loras.sources.lora_file import LoraFile
+from deployments.loras.sources.lora_root import open_lora
 from deployments.spec.job import PromptSpec
 from tests.benchmarks.slowed import RESIDENT, slow_engine
 

@@ -17,8 +17,8 @@ from deployments.engine.engine import Engine
 from deployments.engine.media import Media
 from deployments.engine.progress import Observer
 from deployments.loras.adapters.conversion import Converter
-from deployments.loras.adapters.packed import Packed
-from deployments.loras.sources.lora_root import LoraFile
+from deployments.loras.adapters.packed_adapter import Packed
+from deployments.loras.sources.lora_file import LoraFile
 from deployments.spec.job import PromptSpec
 
 RUN_S = 0.8

@@ -24,7 +24,7 @@ from deployments.catalog import CATALOG
 from deployments.engine.checkpoints import Checkpoints
 from deployments.engine.control_images import Controls
 from deployments.engine.engine import Engine
-from deployments.loras.sources.cache import LoraStore
+from deployments.loras.sources.disk_cache import LoraStore
 from deployments.loras.sources.loras import Loras
 from deployments.worker import publish
 from deployments.worker.claiming import ClaimLoop

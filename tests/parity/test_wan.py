@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from cluster.jobs.model import Phase
 from deployments.catalog import CATALOG
 from deployments.engine.job import Unwatched
-from deployments.loras.sources.lora_root import LoraFile, open_lora
+from deployments.loras.sources.lora_file import LoraFile
+from deployments.loras.sources.lora_root import open_lora
 from tests.support.studio import Studio, largest_difference
 
 Get = Callable[[str], Studio]

@@ -11,7 +11,8 @@ from PIL import Image
 
 from deployments.engine.engine import Engine
 from deployments.engine.job import Unwatched
-from deployments.loras.sources.lora_root import LoraFile, open_lora
+from deployments.loras.sources.lora_file import LoraFile
+from deployments.loras.sources.lora_root import open_lora
 from deployments.spec.job import PromptSpec
 from tests.parity.cases import FOLDER
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from deployments.loras.adapters.deltas import Layer
-from deployments.loras.format.targets import Shape
+from deployments.loras.adapters.layer_deltas import Layer
+from deployments.loras.format.layer_names import Shape
 
 
 @dataclass(frozen=True, slots=True)

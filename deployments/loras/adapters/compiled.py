@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deployments.loras.adapters.deltas import Delta, Layer, LowRank
 from deployments.loras.adapters.fusing import Active
-from deployments.loras.adapters.packed import LayerName
+from deployments.loras.adapters.layer_deltas import Delta, Layer, LowRank
+from deployments.loras.adapters.packed_adapter import LayerName
 
 RANK = 64
 """The rank that compiled layers have room for. Trainers write 16 to 64 by default."""

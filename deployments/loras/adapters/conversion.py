@@ -15,14 +15,14 @@ from safetensors.torch import load
 from torch import Tensor
 
 from cluster.failures import FailureCode, JobFailure
-from deployments.loras.adapters.deltas import Delta, Layer, build
-from deployments.loras.adapters.packed import LayerName, Packed, pack
+from deployments.loras.adapters.layer_deltas import Delta, Layer, build
+from deployments.loras.adapters.packed_adapter import LayerName, Packed, pack
 from deployments.loras.adapters.projections_by_head import sort_by_projection
 from deployments.loras.format.dialects import group
+from deployments.loras.format.file_modules import Contents, Module, judge
 from deployments.loras.format.header import read_header, shorten, unsupported
-from deployments.loras.format.modules import Contents, Module, judge
-from deployments.loras.format.targets import Layout, Shape, Target, Targets
-from deployments.loras.sources.lora_root import LoraFile, digest
+from deployments.loras.format.layer_names import Layout, Shape, Target, Targets
+from deployments.loras.sources.lora_file import LoraFile, digest
 
 _EXAMPLES = 3
 

@@ -13,8 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from deployments.loras.adapters.deltas import Delta, Layer
-from deployments.loras.adapters.packed import LayerName
+from deployments.loras.adapters.layer_deltas import Delta, Layer
+from deployments.loras.adapters.packed_adapter import LayerName
 
 Active: TypeAlias = tuple[Mapping[LayerName, Delta], float]
 """The deltas of an adapter, and its multiplier."""

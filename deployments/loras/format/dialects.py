@@ -1,7 +1,7 @@
 """The key dialects of LoRA files: what each tensor is, by its name, and which files are refused.
 
 A tensor's name is a module's name (the stem) and a suffix for its role. The suffix shows the dialect.
-`targets` finds the layers of a stem. This module needs only the header, so a file is refused before any
+`layer_names` finds the layers of a stem. This module needs only the header, so a file is refused before any
 weight is read. Imports no torch.
 """
 

@@ -12,9 +12,9 @@ from pydantic import BaseModel
 
 from deployments.catalog import CATALOG
 from deployments.loras.format.dialects import Dialect, Role
+from deployments.loras.format.file_modules import Contents, Module, judge
 from deployments.loras.format.header import Header, read_header, read_number, shorten
 from deployments.loras.format.layouts import layouts, targets_of
-from deployments.loras.format.modules import Contents, Module, judge
 
 _EXAMPLES = 3
 

@@ -12,7 +12,7 @@ from functools import cache
 from importlib.resources import files
 from itertools import product
 
-from deployments.loras.format.targets import Layout, Targets
+from deployments.loras.format.layer_names import Layout, Targets
 
 _RANGE = re.compile(r"\{(\d+)\}")
 

@@ -24,6 +24,7 @@ from cluster.metrics import Meter
 from cluster.net.fetcher import Fetched, Fetcher
 from cluster.net.limits import FetchError, FetchFault
 from cluster.net.urls import Url, parse_url
+from deployments.loras.format.file_modules import judge
 from deployments.loras.format.header import (
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
@@ -32,10 +33,10 @@ from deployments.loras.format.header import (
     parse_header,
     read_header,
 )
-from deployments.loras.format.modules import judge
 from deployments.loras.sources.buckets import Buckets
-from deployments.loras.sources.cache import Lease, LoraStore
-from deployments.loras.sources.lora_root import LoraFile, open_lora
+from deployments.loras.sources.disk_cache import Lease, LoraStore
+from deployments.loras.sources.lora_file import LoraFile
+from deployments.loras.sources.lora_root import open_lora
 from deployments.settings import RenderSettings
 from deployments.spec.job import LoraSpec
 from deployments.spec.lora_reference import (
@@ -77,8 +78,9 @@ _Fetch: TypeAlias = Callable[[BinaryIO, str | None], Fetched | None]
 class Loras:
     """Opens LoRAs: files below `root`, and remote files that `fetcher` may download into `store`.
 
-    `buckets` are the S3 buckets that the operator allows. `max_bytes` limits a remote file. `hub` is the
-    endpoint of the Hugging Face hub (`HF_ENDPOINT`).
+    `buckets` are the S3 buckets that the operator allows. `max_bytes` limits a remote file. With
+    `server_token` the server's own hub token fetches for requests that have none. `hub` is the endpoint of
+    the Hugging Face hub (`HF_ENDPOINT`).
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Loras:
         *,
         max_bytes: int,
         buckets: Collection[str] = (),
+        server_token: bool = False,
         hub: str = constants.ENDPOINT,
     ) -> None:
         self._root = root
@@ -96,6 +99,7 @@ class Loras:
         self.suspects = store.suspects
         self._fetcher = fetcher
         self._buckets = buckets
+        self._server_token = server_token
         self._max_bytes = max_bytes
         self._hub = hub
         self._s3 = Buckets()
@@ -110,6 +114,7 @@ class Loras:
             fetcher,
             max_bytes=settings.max_lora_bytes,
             buckets=settings.fetch_buckets,
+            server_token=settings.hub_token_for_requests,
         )
 
     @contextmanager
@@ -118,9 +123,8 @@ class Loras:
     ) -> Iterator[LoraFile]:
         """Yield the file of a LoRA. The cache keeps it on disk until the block ends.
 
-        `tick` is called during waits and downloads, and may raise to abort. `token` is for the hub and
-        replaces the server's. Raises `JobFailure` with the code of the error, and with `retry` if another
-        attempt may succeed.
+        `tick` is called during waits and downloads, and may raise to abort. `token` is for the hub. Raises
+        `JobFailure` with the code of the error, and with `retry` if another attempt may succeed.
         """
         lease = None
         with _as_job_failure():
@@ -162,7 +166,7 @@ class Loras:
             return self._s3.read(remote, start, stop)
         if isinstance(remote, HubFile):
             url = self._hub_url(remote, remote.revision)
-            return self._fetcher.read(url, start, stop, token=token or get_token())
+            return self._fetcher.read(url, start, stop, token=self._token(token))
         return self._fetcher.read(remote.url, start, stop)
 
     def _obtain(self, remote: RemoteFile, expected: str | None, tick: Tick, token: str | None) -> Lease:
@@ -171,9 +175,13 @@ class Loras:
             return lease
         with self._store.flight(unsigned(remote), tick):
             if isinstance(remote, HubFile):
-                return self._from_hub(remote, expected, tick, token or get_token())
+                return self._from_hub(remote, expected, tick, self._token(token))
             get = partial(self._get_object if isinstance(remote, BucketFile) else self._get_url, remote)
             return self._newest(remote, lambda into, version: get(into, version, tick))
+
+    def _token(self, token: str | None) -> str | None:
+        """Return the token to send to the hub: the request's, else the server's if requests may use it."""
+        return token or (get_token() if self._server_token else None)
 
     def _newest(self, remote: RemoteFile, fetch: _Fetch) -> Lease:
         """Return the file that the source has now. Downloads it unless the cached version is current."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import textwrap
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
@@ -424,6 +426,53 @@ def test_out_of_memory_is_tried_once_more(
     worker.start(FaultyEngine(worker.checkpoints, [torch.OutOfMemoryError("CUDA out of memory")] * faults))
     job = worker.ended(worker.submit())
     assert (job.state, job.error_code, job.attempts) == (state, code, 1)
+
+
+class HoardingEngine(FaultyEngine):
+    """Runs out of memory twice, each time in a frame that a reference cycle keeps alive."""
+
+    def __init__(self, checkpoints: Path) -> None:
+        super().__init__(checkpoints, [])
+        self.tensors: list[weakref.ref[torch.Tensor]] = []
+        self.freed: list[bool] = []
+
+    def render(self, prompt: PromptSpec, controls: Sequence[Image.Image], observer: Observer) -> Media:
+        if len(self.tensors) == 2:
+            self.freed = [reference() is None for reference in self.tensors]
+            return super().render(prompt, controls, observer)
+        activations = torch.ones(8)
+        self.tensors.append(weakref.ref(activations))
+        error = torch.OutOfMemoryError("CUDA out of memory")
+        raise error
+
+
+def test_a_job_out_of_memory_leaves_nothing_to_the_next(worker: Worker) -> None:
+    engine = HoardingEngine(worker.checkpoints)
+    gc.disable()  # An accidental collection would hide what stays.
+    try:
+        worker.start(engine)
+        assert worker.ended(worker.submit()).error_code == FailureCode.OUT_OF_MEMORY
+        assert worker.ended(worker.submit()).state is JobState.SUCCEEDED
+    finally:
+        gc.enable()
+    assert engine.freed == [True, True]
+
+
+def test_a_spec_of_another_version_fails_its_job_alone(worker: Worker) -> None:
+    worker.start()
+    spec = worker.job(worker.submit()).spec
+    newer = NewJob(
+        id=str(uuid.uuid4()), model="flux", spec={**spec, "output_format": "avif", "new": 1}, adapter="a"
+    )
+    failed = worker.ended(worker.queue.submit([newer])[0].id)
+    assert (failed.state, failed.error_code, failed.attempts) == (
+        JobState.FAILED,
+        FailureCode.SPEC_UNREADABLE,
+        1,
+    )
+    assert worker.ended(worker.submit()).state is JobState.SUCCEEDED
+    known = NewJob(id=str(uuid.uuid4()), model="flux", spec={**spec, "new": 1}, adapter="a")
+    assert worker.ended(worker.queue.submit([known])[0].id).state is JobState.SUCCEEDED
 
 
 _PROCESS = """

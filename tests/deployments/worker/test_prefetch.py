@@ -23,8 +23,8 @@ from cluster.net.fetcher import Fetcher
 from cluster.net.urls import parse_hosts
 from cluster.secrets import seal
 from deployments.engine.tiny import write_tiny_lora
-from deployments.loras.sources.cache import LoraStore
-from deployments.loras.sources.lora_root import LoraFile
+from deployments.loras.sources.disk_cache import LoraStore
+from deployments.loras.sources.lora_file import LoraFile
 from deployments.loras.sources.loras import Loras
 from deployments.spec.job import LoraSpec, PromptSpec, RenderSpec
 from deployments.spec.lora_reference import parse

@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from torch._dynamo.utils import counters
 
 from deployments.engine.tiny import TINY_FLUX
+from deployments.loras.adapters.active_adapters import Adapters
 from deployments.loras.adapters.compiled import RANK, Compiled
 from deployments.loras.adapters.conversion import Converter, layers_of
-from deployments.loras.adapters.device import Adapters
-from deployments.loras.adapters.host import HostTier
-from deployments.loras.sources.lora_root import LoraFile, open_lora
+from deployments.loras.adapters.host_tier import HostTier
+from deployments.loras.sources.lora_file import LoraFile
+from deployments.loras.sources.lora_root import open_lora
 
 CPU = torch.device("cpu")
 

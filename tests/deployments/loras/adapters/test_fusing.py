@@ -14,8 +14,9 @@ from deployments.catalog import CATALOG
 from deployments.engine.checkpoints import Checkpoints
 from deployments.engine.engine import Engine
 from deployments.engine.tiny import write_tiny_lora
-from deployments.loras.adapters.deltas import Delta, Kronecker, Layer, LowRank
-from deployments.loras.sources.lora_root import LoraFile, open_lora
+from deployments.loras.adapters.layer_deltas import Delta, Kronecker, Layer, LowRank
+from deployments.loras.sources.lora_file import LoraFile
+from deployments.loras.sources.lora_root import open_lora
 from tests.support.studio import Studio, largest_difference
 
 Get = Callable[..., Studio]

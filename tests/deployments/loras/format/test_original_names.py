@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deployments.loras.adapters.architectures import Model, shapes_of
+from deployments.loras.format.file_modules import judge
 from deployments.loras.format.header import read_header
-from deployments.loras.format.modules import judge
-from deployments.loras.format.targets import Targets
+from deployments.loras.format.layer_names import Targets
 from deployments.loras.sources.lora_root import open_lora
 from tests.support.studio import Studio, largest_difference
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from cluster.failures import FailureCode, JobFailure
+from deployments.loras.format.file_modules import judge
 from deployments.loras.format.header import read_header
-from deployments.loras.format.modules import judge
 
 STEM = "base_model.model.model.language_model.layers.0.mlp.up_proj"
 

@@ -24,8 +24,8 @@ from cluster.failures import FailureCode, JobFailure
 from cluster.net.fetcher import Fetched, Fetcher
 from cluster.net.limits import Limits
 from cluster.net.urls import Url, parse_hosts
-from deployments.loras.sources.cache import LoraStore
-from deployments.loras.sources.lora_root import LoraFile
+from deployments.loras.sources.disk_cache import LoraStore
+from deployments.loras.sources.lora_file import LoraFile
 from deployments.loras.sources.loras import Loras
 from deployments.spec.job import LoraSpec
 from deployments.spec.lora_reference import parse
@@ -326,14 +326,20 @@ def test_files_of_the_hub_are_fetched_by_their_version(hub: Hub, loras: Loras) -
     assert failure(loras, "hf://org/repo/c.safetensors@main") is FailureCode.LORA_NOT_FOUND
 
 
-def test_gated_files_need_a_token_each_time(hub: Hub, loras: Loras, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gated_files_need_a_token_each_time(
+    hub: Hub, loras: Loras, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reference, hub.token = "hf://org/repo/a b.safetensors", SECRET
     assert failure(loras, reference) is FailureCode.LORA_ACCESS_DENIED
     opened(loras, reference, token=SECRET)
     assert failure(loras, reference) is FailureCode.LORA_ACCESS_DENIED
     monkeypatch.setenv("HF_TOKEN", SECRET)
-    opened(loras, reference)
-    assert failure(loras, reference, token="wrong") is FailureCode.LORA_ACCESS_DENIED
+    assert failure(loras, reference) is FailureCode.LORA_ACCESS_DENIED, (
+        "the server's token is not the clients'"
+    )
+    lending = open_loras(hub.site, tmp_path, server_token=True)
+    opened(lending, reference)
+    assert failure(lending, reference, token="wrong") is FailureCode.LORA_ACCESS_DENIED
     assert all("Authorization" not in headers for _, _, headers in hub.cdn.requests)
     assert len(hub.cdn.requests) == hub.large
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-from deployments.loras.adapters.packed import Packed
-from deployments.loras.adapters.tiers import Key
+from deployments.loras.adapters.memory_tier import Key
+from deployments.loras.adapters.packed_adapter import Packed
 
 
 class Staging:

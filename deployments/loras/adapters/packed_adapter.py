@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from deployments.loras.adapters.deltas import Delta
+from deployments.loras.adapters.layer_deltas import Delta
 
 LayerName: TypeAlias = tuple[str, str]
 """A component of a pipeline, and the dotted path of a layer in it."""

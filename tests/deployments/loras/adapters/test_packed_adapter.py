@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from deployments.loras.adapters.deltas import Kronecker, LowRank
-from deployments.loras.adapters.packed import pack
+from deployments.loras.adapters.layer_deltas import Kronecker, LowRank
+from deployments.loras.adapters.packed_adapter import pack
 
 CPU = torch.device("cpu")
 

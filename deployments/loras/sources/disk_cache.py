@@ -24,9 +24,9 @@ from typing import BinaryIO
 
 from cluster.durable import sync_directory
 from cluster.metrics import Meter
-from deployments.loras.sources.crash_suspects import Suspects
 from deployments.loras.sources.file_locks import locked
-from deployments.loras.sources.lora_root import LoraFile
+from deployments.loras.sources.lora_file import LoraFile
+from deployments.loras.sources.preload_crashes import Suspects
 from deployments.spec.lora_reference import SUFFIX
 
 _WAIT_S = 0.05

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from weakref import WeakValueDictionary
 
 from cluster.metrics import Meter
-from deployments.loras.adapters.packed import Packed
-from deployments.loras.adapters.tiers import Key, Tier, key_of
-from deployments.loras.sources.lora_root import LoraFile
+from deployments.loras.adapters.memory_tier import Key, Tier, key_of
+from deployments.loras.adapters.packed_adapter import Packed
+from deployments.loras.sources.lora_file import LoraFile
 
 
 class _Flight:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from deployments.loras.format.dialects import Dialect, Role, dialect_of, group
 from deployments.loras.format.header import Header, TensorInfo, shorten, unsupported
+from deployments.loras.format.layer_names import Shape
 from deployments.loras.format.peft_metadata import stated_scales
-from deployments.loras.format.targets import Shape
 
 MAX_GROWN = 2**31
 """How many elements a file's LoKr factors may gain when multiplied out: 8 GiB in float32.

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from deployments.loras.format.dialects import Role
+from deployments.loras.format.file_modules import Module
 from deployments.loras.format.header import unsupported
-from deployments.loras.format.modules import Module
 
 Layer: TypeAlias = torch.nn.Linear | torch.nn.Conv2d
 

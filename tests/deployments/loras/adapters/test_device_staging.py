@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deployments.loras.adapters.deltas import LowRank
-from deployments.loras.adapters.packed import Packed, pack
-from deployments.loras.adapters.staging import Staging
+from deployments.loras.adapters.device_staging import Staging
+from deployments.loras.adapters.layer_deltas import LowRank
+from deployments.loras.adapters.packed_adapter import Packed, pack
 
 KEY = ("a" * 64, None)
 

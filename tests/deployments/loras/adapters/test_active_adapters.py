@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from cluster.failures import FailureCode, JobFailure
 from deployments.engine.tiny import write_tiny_lora
-from deployments.loras.sources.lora_root import LoraFile, open_lora
+from deployments.loras.sources.lora_file import LoraFile
+from deployments.loras.sources.lora_root import open_lora
 from tests.support.studio import Studio, largest_difference
 
 Get = Callable[..., Studio]

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from deployments.loras.sources.crash_suspects import KEPT_S, Suspects
+from deployments.loras.sources.preload_crashes import KEPT_S, Suspects
 
 SHA256 = "a" * 64
 
 END = """
 import os, signal, sys
 from pathlib import Path
-from deployments.loras.sources.crash_suspects import Suspects
+from deployments.loras.sources.preload_crashes import Suspects
 
 with Suspects(Path(sys.argv[1])).trying(sys.argv[2]):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import save_file
 
 from cluster.failures import JobFailure
+from deployments.loras.adapters.active_adapters import Adapters
 from deployments.loras.adapters.conversion import Converter, layers_of
-from deployments.loras.adapters.device import Adapters
-from deployments.loras.adapters.host import HostTier
-from deployments.loras.adapters.packed import Packed
-from deployments.loras.sources.lora_root import LoraFile, open_lora
+from deployments.loras.adapters.host_tier import HostTier
+from deployments.loras.adapters.packed_adapter import Packed
+from deployments.loras.sources.lora_file import LoraFile
+from deployments.loras.sources.lora_root import open_lora
 
 SIZE = 8
 BYTES = 2 * 4 * 2 * SIZE

@@ -25,13 +25,13 @@ from torch import Tensor
 
 from cluster.metrics import Meter
 from deployments.loras.adapters.compiled import Compiled
-from deployments.loras.adapters.deltas import Layer
+from deployments.loras.adapters.device_staging import Staging
 from deployments.loras.adapters.fusing import Active, Fuser
-from deployments.loras.adapters.host import HostTier
-from deployments.loras.adapters.packed import LayerName, Packed
-from deployments.loras.adapters.staging import Staging
-from deployments.loras.adapters.tiers import Key, Tier, key_of
-from deployments.loras.sources.lora_root import LoraFile
+from deployments.loras.adapters.host_tier import HostTier
+from deployments.loras.adapters.layer_deltas import Layer
+from deployments.loras.adapters.memory_tier import Key, Tier, key_of
+from deployments.loras.adapters.packed_adapter import LayerName, Packed
+from deployments.loras.sources.lora_file import LoraFile
 
 
 class _Switch:

@@ -7,8 +7,8 @@ from collections.abc import Collection
 from typing import TypeAlias
 
 from cluster.metrics import Meter
-from deployments.loras.adapters.packed import Packed
-from deployments.loras.sources.lora_root import LoraFile
+from deployments.loras.adapters.packed_adapter import Packed
+from deployments.loras.sources.lora_file import LoraFile
 
 Key: TypeAlias = tuple[str, str | None]
 """A file's sha256, and the transformer that it is for, if the model has two."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.loras.sources.cache import Lease, LoraStore
+from deployments.loras.sources.disk_cache import Lease, LoraStore
 
 
 def nothing() -> None:
@@ -143,7 +143,7 @@ def started() -> Callable[..., subprocess.Popen[str]]:
 _HOLD = """
 import sys, time
 from pathlib import Path
-from deployments.loras.sources.cache import LoraStore
+from deployments.loras.sources.disk_cache import LoraStore
 store = LoraStore(Path(sys.argv[1]), 10)
 lease = store.find(sys.argv[2])
 print(lease is not None, flush=True)
@@ -169,7 +169,7 @@ def test_a_file_in_use_by_another_process_stays(
 _DOWNLOAD = """
 import sys, time
 from pathlib import Path
-from deployments.loras.sources.cache import LoraStore
+from deployments.loras.sources.disk_cache import LoraStore
 store = LoraStore(Path(sys.argv[1]), 1000)
 with store.flight("r", lambda: None), store.incoming() as file:
     file.write(b"part")
