@@ -11,7 +11,6 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Self
 
 import numpy as np
@@ -27,6 +26,7 @@ from deployments.engine.media import Media
 from deployments.engine.offload import OFFLOADS, place
 from deployments.engine.progress import Observer, Progress
 from deployments.engine.tiling import tiled_decode
+from deployments.engine.versions import package_versions
 from deployments.engine.videos import Sound
 from deployments.loras.adapters.active_adapters import Adapters
 from deployments.loras.adapters.compiled import Compiled
@@ -210,7 +210,7 @@ class Engine:
         return {
             "model": self.spec.id,
             **self._loader.origin(),
-            "versions": {name: _version(name) for name in _PACKAGES},
+            "versions": package_versions(),
             "device": torch.cuda.get_device_name(self._device) if cuda else self._device.type,
             "dtype": str(self._loader.dtype).removeprefix("torch."),
             "offload": self._offload,
@@ -292,13 +292,3 @@ def _finite(values: np.ndarray) -> np.ndarray:
         message = "the output contains infinite or NaN values: the LoRA is too strong for the model"
         raise JobFailure(FailureCode.OUTPUT_NOT_FINITE, message)
     return values
-
-
-_PACKAGES = ("lora-serve", "torch", "diffusers", "transformers")
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
