@@ -1,4 +1,4 @@
-"""A job table of its own for each test, on each database."""
+"""Fixtures: each test gets its own job table, once per database."""
 
 from __future__ import annotations
 

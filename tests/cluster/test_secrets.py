@@ -1,4 +1,4 @@
-"""Secrets at rest: what seals them, what opens them, and what a wrong key tells."""
+"""Secrets at rest: sealing, opening, and the errors of wrong keys."""
 
 from __future__ import annotations
 

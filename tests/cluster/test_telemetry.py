@@ -1,4 +1,4 @@
-"""Nothing secret and nothing forged in logs."""
+"""Log records: no secrets, and no forged lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The policy on a real job table, inside the wrapper that Serve's controller puts around it."""
+"""The autoscaling policy on a real job table, inside the wrapper of Serve's controller."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def context(current: int, target: int, **delays: float) -> AutoscalingContext:
 
 
 def deploy(url: str, model: str) -> None:
-    """Ask for a model's replicas, as Serve does while it is deployed."""
+    """Call a model's policy once, as Serve does while the model is deployed."""
     QueuePolicy(model, url)(context(0, 0))
 
 
 def decided(policy: Callable[[AutoscalingContext], tuple[int, dict]], **fields: float) -> int:
-    """What Serve would do: the policy within Serve's own wrapper of factors and delays."""
+    """Return Serve's decision: the policy inside Serve's own wrapper of factors and delays."""
     current = int(fields.pop("current", 0))
     target = int(fields.pop("target", current))
     return _apply_autoscaling_config(policy)(context(current, target, **fields))[0]
@@ -127,7 +127,7 @@ def test_a_model_does_not_grow_while_another_waits_for_its_first_replica(queue: 
 
 
 def grow_old(url: str, seconds: float) -> None:
-    """Let the jobs in the table have waited that much longer."""
+    """Make the jobs in the table that many seconds older."""
     with open_database(url).write() as connection:
         connection.execute(update(jobs).values(created_at=jobs.c.created_at - seconds))
 
@@ -159,16 +159,16 @@ def test_a_busy_model_yields_one_replica_to_a_job_that_waited_long(queue: JobQue
     first = context(3, 3)
     first.policy_state = served
     wait_until(lambda: "most" in flux(first)[1], 5, "yielding")
-    assert flux(context(3, 3))[0] == 3, "its turn has just begun"
+    assert flux(context(3, 3))[0] == 3, "its turn has only just begun"
     desired, state = flux(first)
     assert (desired, state["most"]) == (2, 2)
-    # The replica drains, the other model's starts: one is enough until then.
+    # One replica drains and the other model's starts: no more is given up until then.
     serve = context(2, 2)
     serve.policy_state = state
     assert flux(serve) == (2, state)
     fewer = context(1, 1)
     fewer.policy_state = served
-    assert sdxl(fewer)[0] == 1, "the other has fewer replicas to give"
+    assert sdxl(fewer)[0] == 1, "the other model has more replicas to give up"
     queue.announce("sd15@host:1:a", "sd15", ())
     wait_until(lambda: flux(serve) == (4, served), 5, "no more need")
 
@@ -190,7 +190,7 @@ def test_who_waits_in_vain_for_a_first_replica_asks_anew(
     queue.announce("flux@host:1:a", "flux", ())
     wait_until(lambda: queue.depths()["flux"].workers, 5, "the replica")
     time.sleep(1)
-    assert all(serve(waiting)[0] == 1 for _ in range(5)), "a replica that shows itself is waited for"
+    assert all(serve(waiting)[0] == 1 for _ in range(5)), "the policy waits for an announced replica"
 
 
 def test_jobs_of_a_model_that_is_not_deployed_make_nobody_yield(queue: JobQueue, url: str) -> None:

@@ -1,6 +1,6 @@
-"""One gateway with keys, one worker and one web server for every hostile input, and all that they log.
+"""One gateway with keys, one worker and one web server for all hostile inputs, with their logs.
 
-Requests carry a secret wherever one may stand; `test_traces` looks for them afterwards.
+Requests carry a secret in every place that can hold one; `test_traces` searches for them afterwards.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ MODEL = "flux_kontext"
 LORA = FOLDER / MODEL / "lora" / "tiny_a.safetensors"
 
 SECRET = "Sg7"
-"""Begins every secret of the suite."""
+"""The prefix of every secret in the suite."""
 
 PROMPT = "quokkamarsh"
-"""Stands in every prompt of the suite; tokenizers give it back as it was."""
+"""Part of every prompt in the suite; tokenizers return it unchanged."""
 
 API_KEY, SECRET_KEY, TOKEN, QUERY = "Sg7key" * 4, "Sg7master" * 4, "hf_Sg7token" * 3, "?sig=Sg7query"
 
 MAX_LORA_BYTES = 8_000_000
 
 PRIVATE_NAMES = {"rebound.example": ["127.0.0.1"], "half.example": ["93.184.215.14", "169.254.169.254"]}
-"""What the worker's resolver answers for names that look public."""
+"""The addresses that the worker's resolver returns for names that look public."""
 
 
 @dataclass
 class Stage:
-    """Everything that the inputs meet."""
+    """The service, web server and files that the tests use."""
 
     service: Service
     site: Site
@@ -62,7 +62,7 @@ class Stage:
     log: Path
 
     def refused(self, request: dict[str, Any]) -> tuple[int, str]:
-        """Post a request that must leave nothing behind; return status and code of the refusal."""
+        """Post a request that must be refused and store nothing; return the status and the error code."""
         before = self.service.stored
         answer = self.service.post(request)
         assert self.service.stored == before
@@ -71,7 +71,7 @@ class Stage:
         return answer.status_code, detail[0]["type"] if answer.status_code == 422 else detail["error"]["code"]
 
     def outcome(self, request: dict[str, Any]) -> str | None:
-        """Let a request run to its end; return its error code, None where it succeeded."""
+        """Run a request to its end; return its error code, or None if it succeeded."""
         status = finished(self.service.client, self.service.submit(request))
         assert SECRET not in str(status) and PROMPT not in str(status)
         assert (status["error_code"] is None) == (status["status"] == "succeeded")
@@ -84,7 +84,7 @@ class Stage:
 
 
 def request(path: str = LORA.name, **changes: Any) -> dict[str, Any]:
-    """A small request that succeeds; `lora` and `prompt` change these parts, anything else the top level."""
+    """Return a small valid request; `lora` and `prompt` change these parts, other arguments the top level."""
     prompt = {
         "prompt": f"{PROMPT} a red fox",
         "ctrl_img": base64_png(64, 64),
@@ -117,12 +117,12 @@ def stage(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Iterat
 
 @contextmanager
 def _logging_to(file: Path) -> Iterator[None]:
-    """Write what all loggers tell from INFO on to a file, in the form of a process of ours."""
+    """Write the records of all loggers, from INFO on, to a file in the service's log format."""
     handler = logging.FileHandler(file)
     handler.setFormatter(JsonLines())
-    # The tests' own client tells of its requests by this name.
+    # The tests' own client logs its requests under this name.
     handler.addFilter(lambda record: record.name != "httpx")
-    # Some libraries keep their records from the root.
+    # Some libraries do not propagate their records to the root logger.
     loggers = [logging.root, *map(logging.getLogger, ("diffusers", "transformers"))]
     level = logging.root.level
     logging.root.setLevel(logging.INFO)
@@ -139,7 +139,7 @@ def _logging_to(file: Path) -> Iterator[None]:
 
 @contextmanager
 def _working(service: Service, site: Site, folder: Path, checkpoints: Path) -> Iterator[None]:
-    """Run a worker without Ray, whose hub is `site`, and who leaves slow servers after a second."""
+    """Run a worker without Ray; its hub is `site`, and it gives up on slow servers after a second."""
     owner = "worker@hostile:1:a"
     fetcher = Fetcher(parse_hosts([site.host]), Limits(total_s=20.0, grace_s=1.0), _resolve)
     store = LoraStore(folder / "cache", 10**9)

@@ -1,4 +1,4 @@
-"""10 to 16, 36, 59: servers that misbehave behind the URL of a LoRA."""
+"""Inputs 9 to 16, 36 and 59: LoRA URLs with misbehaving servers."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_11_another_hash_than_declared(stage: Stage) -> None:
 
 
 def test_9_a_page_of_the_hub_means_its_file(stage: Stage) -> None:
-    """And only the hub gets the request's token."""
+    """Only the hub gets the request's token."""
     path = "/hub/org/repo/resolve/main/style.safetensors"
     stage.site.file(path, DATA)
     before = len(stage.site.requests)

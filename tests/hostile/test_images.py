@@ -1,4 +1,4 @@
-"""42 to 48: control images, sent in the request and fetched from a URL; both meet the same decoder."""
+"""Inputs 42 to 48: control images in the request and from a URL; both use the same decoder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, *more: bytes) -> bytes:
-    """A PNG that claims a size; of its pixels there is one row."""
+    """Return a PNG that claims a size but has only one row of pixels."""
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     row = zlib.compress(bytes(1 + 3 * 64))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + b"".join(more) + chunk(b"IDAT", row)
@@ -43,7 +43,7 @@ def gif(frames: int) -> bytes:
 
 
 def animated(format: str, frames: int) -> bytes:
-    """An animation whose frames all differ: equal ones are merged."""
+    """Return an animation whose frames all differ, because encoders merge equal ones."""
     pictures = [Image.new("RGB", (16, 16), (index % 256, index // 256, 7)) for index in range(frames)]
     buffer = io.BytesIO()
     pictures[0].save(buffer, format, save_all=True, append_images=pictures[1:], duration=20)
@@ -110,7 +110,7 @@ def test_images(stage: Stage, name: str) -> None:
     data = make()
     url = stage.site.file("/image", data) + QUERY
     assert stage.outcome(request(prompt={"ctrl_img": url})) == code
-    # Its name may be anything: what it is, its bytes tell.
+    # The format is detected from the bytes; the name does not matter.
     sent = request(prompt={"ctrl_img": f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"})
     if code is None:
         assert stage.outcome(sent) is None
@@ -132,7 +132,7 @@ NOT_BASE64 = {
 
 @pytest.mark.parametrize("name", NOT_BASE64)
 def test_what_is_not_base64_of_a_picture(stage: Stage, name: str) -> None:
-    """The image of the first prompt is good: it must not be stored either."""
+    """The first prompt's image is valid, but must not be stored either."""
     bad = request()
     bad["prompts"].append({**bad["prompts"][0], "ctrl_img": NOT_BASE64[name]})
     assert stage.refused(bad) == (400, INVALID)

@@ -1,4 +1,4 @@
-"""Every one of the sixty inputs has a test: here, by its number, or where its mechanism is tested."""
+"""Each of the sixty hostile inputs has a test: in this folder by its number, or as listed in `ELSEWHERE`."""
 
 from __future__ import annotations
 

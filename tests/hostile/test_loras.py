@@ -1,4 +1,4 @@
-"""17 to 33: what a LoRA file can hold. 1 to 3: files that are something else by name or content."""
+"""Inputs 17 to 33: contents of LoRA files. Inputs 1 to 3: files of another type by name or content."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def header(text: bytes, length: int | None = None, data: bytes = b"") -> bytes:
 
 
 def entries(**spans: tuple[int, int]) -> bytes:
-    """A header of float32 tensors that claim to lie at these offsets."""
+    """Return a header of float32 tensors that claims these offsets."""
     tensors = {
         name: {"dtype": "F32", "shape": [(end - begin) // 4], "data_offsets": [begin, end]}
         for name, (begin, end) in spans.items()
@@ -39,7 +39,7 @@ def entries(**spans: tuple[int, int]) -> bytes:
 
 
 def pair(stem: str = LAYER, rank: int = 2, up_rank: int | None = None, **more: torch.Tensor) -> bytes:
-    """A LoRA of one module for a layer of 32 x 32."""
+    """Return a LoRA of one module for a layer of 32 x 32."""
     return save(
         {
             f"{stem}.lora_A.weight": torch.full((rank, 32), 0.1),
@@ -106,7 +106,7 @@ NO_LORA: dict[str, Callable[[], bytes]] = {
     "31 LoHa": lambda: save({f"{LAYER}.hada_w1_a": torch.ones(4, 4)}),
     "31 Tucker": lambda: save({f"{LAYER}.lokr_t2": torch.ones(4, 4)}),
 }
-"""What the header tells: refused at once where the file lies here, else when it has been fetched."""
+"""Faults in the header: refused at once if the file is local, else after the download."""
 
 
 @pytest.mark.parametrize("name", NO_LORA)
@@ -137,7 +137,7 @@ WEIGHTS: dict[str, tuple[Callable[[], bytes], str | None]] = {
     "29 no layer of ours": (lambda: pair("transformer.nothing.here"), "LORA_NO_MATCH"),
     "30 the text encoder only": (lambda: _text_encoder(), None),
 }
-"""What only the weights tell, and what is odd but right."""
+"""Faults that only the weights show, and files that are odd but valid."""
 
 
 def _larger() -> bytes:

@@ -1,4 +1,4 @@
-"""4 to 9, 34 to 41: what a LoRA path or URL shows by its text; the URLs as control images, too."""
+"""Inputs 4 to 9 and 34 to 41: LoRA paths and URLs refused by their text; the URLs also as control images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OUTSIDE = {
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_paths_that_leave_the_root(stage: Stage, name: str) -> None:
-    """Whether there is a file or not: the answer must not tell."""
+    """The reply must not show if the file exists."""
     root = stage.service.settings.loras
     outside = root.parent / "outside.safetensors"
     link, folder = root / "link_out.safetensors", root / "link_folder"

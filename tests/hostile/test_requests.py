@@ -1,4 +1,4 @@
-"""50 to 59: requests that are odd beside their LoRA and images. `test_index` says what is elsewhere."""
+"""Inputs 50 to 59: odd requests, apart from LoRAs and images. `test_index` lists tests in other folders."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_bodies(stage: Stage, name: str) -> None:
 
 
 def test_54_the_last_of_two_keys_counts(stage: Stage) -> None:
-    """Also for what is judged: no reader can be shown one value and the worker another."""
+    """Validation and the worker see the same value, so a second key cannot bypass the check."""
     good, bad = json.dumps(request()), json.dumps(request("../outside.safetensors")["loras"])
     answer = stage.service.client.post(
         "/v1/inference",

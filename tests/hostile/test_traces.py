@@ -1,4 +1,4 @@
-"""60: tokens, keys, queries and prompts in logs, table, files and error bodies. Runs after the others."""
+"""Input 60: tokens, keys, queries and prompts in logs, table, files and error bodies. Runs after the rest."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from tests.serve_app.conftest import serving
 
 
 def test_60_nothing_of_it_is_left(stage: Stage) -> None:
-    """Every other test of this folder has left its requests here as well."""
+    """The requests of all other tests in this folder are checked here as well."""
     lora, page = stage.site.file("/lora", LORA.read_bytes()), stage.site.file("/page", b"<html>")
     assert stage.outcome(request(lora + QUERY)) is None
     assert stage.outcome(request(page + QUERY)) == "LORA_URL_IS_HTML"
     assert stage.outcome(request(prompt={"ctrl_img": page + QUERY})) == "CONTROL_IMAGE_INVALID"
-    # What tells of a prompt that is cut short quotes it.
+    # The warning about a truncated prompt quotes the prompt.
     assert stage.outcome(request(prompt={"prompt": f"{PROMPT} " * 800})) is None
     stage.refused(request(hf_token=[TOKEN]))
     stage.refused(request(prompts=[PROMPT]))
     wrong = {"Authorization": f"Bearer {SECRET}wrong"}
     assert SECRET not in stage.service.client.get("/v1/requests", headers=wrong).text
-    assert any(target.endswith(QUERY) for _, target, _ in stage.site.requests), "they were used"
+    assert any(target.endswith(QUERY) for _, target, _ in stage.site.requests), "the secrets were sent"
 
     files = [file for file in stage.folder.rglob("*") if file.is_file()]
     assert {"jobs.db", "log"} < {file.name for file in files}
@@ -73,12 +73,12 @@ def test_60_jobs_in_every_state(
             assert columns_with(SECRET, url) == set()
             assert len(columns_with("gAAAA", url)) == 1, "sealed by Fernet"
         files = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    assert any(PROMPT.encode() in data for data in files.values()), "the files have been written"
+    assert any(PROMPT.encode() in data for data in files.values()), "the files must contain the jobs"
     assert [file for file, data in files.items() if SECRET.encode() in data] == []
 
 
 def columns_with(text: str, url: str) -> set[str]:
-    """Return the columns, as `table.column`, of a database that hold a text."""
+    """Return the columns of a database, as `table.column`, that contain `text`."""
     engine = create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
     schema = MetaData()
     schema.reflect(engine)

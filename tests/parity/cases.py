@@ -1,4 +1,4 @@
-"""The golden cases: requests, the pictures that must come out, and the tiny checkpoints they run on.
+"""The golden cases: requests, expected pictures, and the tiny checkpoints that render them.
 
 Each model id has a folder: `cases.json`, `preview.json` (requests with that `sampling`), `*.npy` (uint8,
 H x W x 3 or F x H x W x 3, before any encoding), `*.audio.npy` (int16 [channels, samples], rounded from
@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parent
 MODELS = tuple(sorted(file.parent.name for file in FOLDER.glob("*/cases.json")))
 
 SLOW = frozenset({"hidream"})
-"""Ids that draw a megapixel whatever the request says: a picture takes seconds."""
+"""Ids that always draw a megapixel, whatever the request says: a picture takes seconds."""
 
 
 def each(models: Iterable[str]) -> list[Any]:
@@ -85,18 +85,18 @@ class Case:
 
 
 def load_cases() -> list[Case]:
-    """Return every case of every id; those of a sequence in its order, to be run in one process."""
+    """Return every case of every id; the cases of a sequence are in order and must run in one process."""
     return [case for model in MODELS for case in _load(model, "cases.json")]
 
 
 def load_previews() -> list[Case]:
-    """Return every case that is rendered as the trainer renders it, of ids that differ then."""
+    """Return every case that is rendered like the trainer, for ids whose pictures then differ."""
     models = [model for model in MODELS if (FOLDER / model / "preview.json").exists()]
     return [case for model in models for case in _load(model, "preview.json")]
 
 
 def load_deep_preview() -> tuple[Case, dict[str, Any]]:
-    """Return the preview of LTX-2.3 with more layers, and what changes by repository and component."""
+    """Return the preview of LTX-2.3 with more layers, and its config changes by repository and component."""
     (entry,) = json.loads((FOLDER / "ltx2.3" / "preview_deep.json").read_text())
     return _case("ltx2.3", entry), entry["config_override"]
 
@@ -130,7 +130,7 @@ def write_mirror(target: Path) -> None:
     from deployments.engine.tiny import materialize
     from deployments.pipelines.hidream_o1 import PixelTransformer
 
-    # Its config is a plain Qwen3-VL's.
+    # The config is that of a plain Qwen3-VL.
     classes = {"HiDream-ai/HiDream-O1-Image": PixelTransformer}
     for file in sorted(FOLDER.glob("*/repos.json")):
         for repo, folders in json.loads(file.read_text()).items():

@@ -12,7 +12,7 @@ SIDE = 256
 
 @pytest.fixture
 def small_canvas(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let Qwen-Image's editing see control images at a 16th of its megapixel: for what holds at any size."""
+    """Shrink Qwen-Image's control images to a 16th of a megapixel, for tests that hold at any size."""
     for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
         monkeypatch.setattr(module, "calculate_dimensions", smaller(module.calculate_dimensions))
     monkeypatch.setattr(qwen_image, "_MEGAPIXEL", SIDE * SIDE)

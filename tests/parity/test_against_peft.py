@@ -1,4 +1,4 @@
-"""Our adapters against diffusers' own loader and peft: another mechanism has to give the same pictures."""
+"""Our adapters against diffusers' own loader and peft: both must give the same pictures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ READ_BY_DIFFUSERS = [model for model in MODELS if model not in UNREAD]
 
 
 def picture_by_peft(used: Studio, lora: Path, multiplier: float) -> Any:
-    """Render on a pipeline that our adapters have not touched and peft may change for good."""
+    """Render with peft on a separate pipeline, which peft may change permanently."""
     pipeline = used.engine._pipeline
     pipeline.load_lora_weights(load_file(lora), adapter_name="lora")
     pipeline.set_adapters(["lora"], [multiplier])
@@ -37,7 +37,7 @@ def picture_by_peft(used: Studio, lora: Path, multiplier: float) -> Any:
 
 @pytest.fixture
 def both(studio: Get, new_studio: Get) -> Callable[[str, Path, float], tuple[Any, Any]]:
-    """Render one prompt on `model` with a LoRA file, by us and by peft."""
+    """Render one prompt on `model` with a LoRA file, with our adapters and with peft."""
 
     def render(model: str, lora: Path, multiplier: float) -> tuple[Any, Any]:
         used = studio(model)

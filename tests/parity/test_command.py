@@ -1,4 +1,4 @@
-"""`lora-serve render` as a process: what fails, what it says. The golden cases are in `test_goldens.py`."""
+"""`lora-serve render` as a process: failures and messages. The golden cases are in `test_goldens.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every golden case through `lora-serve render`, the command that users hunt a mismatch with."""
+"""Every golden case through `lora-serve render`, the command for reproducing mismatches."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def test_golden(case: Case, rendered: Callable[[str], Path]) -> None:
     case.check_sounds(map(Sound, samples, rates))
     manifest = json.loads((folder / "manifest.json").read_text())
     sampling = case.request.get("sampling", "reference")
-    told = [output["parameters"] for output in manifest["outputs"]]
-    assert tuple(parameters["seed"] for parameters in told) == case.seeds
-    assert {parameters["sampling"] for parameters in told} == {sampling}
+    recorded = [output["parameters"] for output in manifest["outputs"]]
+    assert tuple(parameters["seed"] for parameters in recorded) == case.seeds
+    assert {parameters["sampling"] for parameters in recorded} == {sampling}
     assert manifest["model"] == CATALOG[case.model].sampled(sampling).id
     assert "error" not in manifest

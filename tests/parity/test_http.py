@@ -34,7 +34,7 @@ def committed_config(port: int) -> str:
 
 
 def environment(folder: Path, checkpoints: Path) -> dict[str, str]:
-    """Copy every id's LoRAs below one root; return what the service reads."""
+    """Copy every id's LoRAs below one root; return the service's environment variables."""
     for model in MODELS:
         source = Path(__file__).parent / model / "lora"
         shutil.copytree(source, folder / "loras" / model)
@@ -83,7 +83,7 @@ def as_samples(file: Path, rate: int) -> Sound:
 
 
 def check_video(client: httpx.Client, video: dict[str, Any], golden: Media) -> None:
-    """Check a video against its golden, which has to lose in the codec what the video has lost there."""
+    """Check a video against its golden, which is encoded with the same codec for the comparison."""
     format = "mp4" if golden.sound else "webp"
     assert video["format"] == format
     assert {name: video[name] for name in golden.measures} == golden.measures
@@ -101,7 +101,7 @@ def check_video(client: httpx.Client, video: dict[str, Any], golden: Media) -> N
 
 
 def check_sound(ours: tuple[str, Sound] | None, encoded: tuple[str, Sound] | None, golden: Sound) -> None:
-    """Check that the codec has lost no more of ours than of the golden: much, for tiny models make noise."""
+    """Check that the codec lost no more of our sound than of the golden. The loss is large: it is noise."""
     assert ours is not None and encoded is not None
     assert ours[1].rate == encoded[1].rate == golden.rate
     length = golden.samples.shape[1]
@@ -113,7 +113,7 @@ def check_sound(ours: tuple[str, Sound] | None, encoded: tuple[str, Sound] | Non
 
 @pytest.mark.timeout(1200)
 def test_every_id_through_the_committed_config(tmp_path: Path, checkpoints: Path) -> None:
-    """All models share two cores: replicas come from zero, and idle ones make room for those that wait."""
+    """All models share two cores: they start from zero replicas, and idle ones yield to waiting models."""
     port = free_port()
     cases = {case.model: case for case in reversed(load_cases())}
     previews = [case for case in load_previews() if case.model in ("sd15", "flux2_diffusers")]

@@ -1,4 +1,4 @@
-"""The rules of LTX-2 and LTX-2.3 that no golden case shows by itself."""
+"""Rules of LTX-2 and LTX-2.3 that the golden cases do not cover."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_schedule_is_the_same_at_every_size(studio: Get, model: str, size: t
 
 
 def test_sound_lasts_as_long_as_the_frames_asked_for(studio: Get) -> None:
-    """25 latents of sound a second; four of them make 4 * 4 - 3 spectra of ten milliseconds."""
+    """Sound has 25 latents per second; four latents make 4 * 4 - 3 spectra of 10 ms."""
     used = studio("ltx2")
     made = media(used, num_frames=16, fps=16)
     assert len(made.pixels) == 9
@@ -98,7 +98,7 @@ def test_only_previews_of_ltx_2_3_guide_at_1(studio: Get, model: str, sampling: 
 
 
 def test_a_preview_of_a_deep_model(tmp_path: Path) -> None:
-    """Only there is a block 28, which the trainer's guidance disturbs."""
+    """Only a deep model has block 28, which the trainer's guidance perturbs."""
     case, override = load_deep_preview()
     ((repo, parts),) = override.items()
     folder = repo.replace("/", "--")
@@ -122,7 +122,7 @@ def test_a_preview_of_a_deep_model(tmp_path: Path) -> None:
 
 
 class Refining(Unwatched):
-    """Ends a prompt after the first step that refines."""
+    """Ends a prompt after the first refining step."""
 
     def __init__(self) -> None:
         self.decoding = 0
@@ -152,4 +152,4 @@ def test_high_resolution_leaves_nothing_behind(studio: Get) -> None:
 def test_an_observer_of_high_resolution_hears_of_each_step(studio: Get) -> None:
     used, observer = studio("ltx2.3"), Recording()
     used.engine.render(used.prompt(steps=2, resolution="High"), [], observer)
-    assert observer.told == [Phase.ENCODE, Phase.STEP, (1, 2), (2, 2), Phase.DECODE]
+    assert observer.seen == [Phase.ENCODE, Phase.STEP, (1, 2), (2, 2), Phase.DECODE]

@@ -1,4 +1,4 @@
-"""The rules of MiniMax-H3 that no golden case shows by itself."""
+"""Rules of MiniMax-H3 that the golden cases do not cover."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_only_previews_cut_a_prompt_at_512_tokens(used: Studio, sampling: str, s
 
 
 class Decoding(Unwatched):
-    """Ends a prompt at the second piece that is decoded."""
+    """Ends a prompt at the second decoded piece."""
 
     def __init__(self) -> None:
         self.pieces = 0

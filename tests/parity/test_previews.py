@@ -1,4 +1,4 @@
-"""Previews and reference pictures take turns on one warm engine."""
+"""Previews and reference pictures alternate on one warm engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DIFFERENT = {"lumina2", "sd15", "zimage", "zimage_turbo", "zimage_deturbo"}
 DIFFERENT |= {"qwen_image_edit", "qwen_image_edit_plus", "qwen_image_edit_plus_2511"}
 DIFFERENT |= {"krea2_o_edit", "krea2_o_edit_turbo", "omnigen2", "hidream_e1"}
 DIFFERENT |= {row.id for row in CATALOG.values() if row.video} - {"minimax_h3"}
-"""Ids whose previews are others at every size and without a negative prompt or flags."""
+"""Ids whose previews differ at every size, even without a negative prompt or flags."""
 
 
 @pytest.mark.parametrize("model", each(model for model in MODELS if model != "flux2_diffusers"))

@@ -1,4 +1,4 @@
-"""The rules of facts that no golden case shows by itself, for each id that they apply to."""
+"""Rules of the models that the golden cases do not cover, for each id that they apply to."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_what_is_past_the_prompt_limit_has_no_effect(studio: Get, model: str, to
     used = studio(model)
     long = "a " * tokens
     longer = used.render({}, prompt=long + "dog in the snow")
-    # Not to the bit: some encoders read the longer text, and sums over it are grouped otherwise.
+    # Not bit-exact: some encoders read the longer text, which changes the order of sums.
     assert largest_difference(used.render({}, prompt=long + "cat"), longer) <= 1
     assert (
         largest_difference(used.render({}, prompt="a cat"), used.render({}, prompt="a dog in the snow")) > 1
@@ -140,14 +140,14 @@ def test_what_is_past_the_prompt_limit_has_no_effect(studio: Get, model: str, to
 def test_hidream_draws_one_area_in_any_aspect(
     studio: Get, size: tuple[int, int], drawn: tuple[int, int]
 ) -> None:
-    """A megapixel, of which the tiny checkpoint has a sixteenth."""
+    """The area is a megapixel, or a sixteenth of that on the tiny checkpoint."""
     width, height = size
     picture = studio("hidream").render({}, width=width, height=height, steps=1)
     assert picture.shape == (drawn[1], drawn[0], 3)
 
 
 def test_hidream_e1_pads_to_the_checkpoint_s_own_number_where_that_is_enough(studio: Get) -> None:
-    """Padding changes the picture, so a larger one must not leave its number behind."""
+    """Padding changes the picture, so the larger number must be reset after a larger picture."""
     used = studio("hidream_e1")
     transformer = used.engine._pipeline.transformer
     small = used.render({})
@@ -159,14 +159,14 @@ def test_hidream_e1_pads_to_the_checkpoint_s_own_number_where_that_is_enough(stu
 
 
 def test_krea_2_reads_512_tokens_of_a_prompt(studio: Get) -> None:
-    """And not five fewer, for which diffusers takes it."""
+    """diffusers would read five tokens fewer."""
     used = studio("krea2")
     long = "a " * 510
     assert not equal(used.render({}, prompt=long + "cat"), used.render({}, prompt=long + "dog"))
 
 
 def test_an_empty_negative_prompt_of_sdxl_is_encoded(studio: Get) -> None:
-    """diffusers zeroes the embedding of no negative prompt, not that of an empty one."""
+    """diffusers zeroes the embedding if the negative prompt is missing, not if it is empty."""
     used = studio("sdxl")
     ours = used.render({})
     arguments = used.engine._arguments(used.prompt(), [])
@@ -217,7 +217,7 @@ def test_klein_guides_above_one(studio: Get, model: str) -> None:
 
 @pytest.mark.parametrize("model", ["flux2_klein_4b", "flux2"])
 def test_flux2_is_sampled_with_the_trainer_s_schedule(studio: Get, model: str) -> None:
-    """diffusers' own would depend on the number of steps as well: a shift of 2.17 here, not 1.15."""
+    """diffusers' own schedule also depends on the number of steps: a shift of 2.17 here, not 1.15."""
     used = studio(model)
     sigmas = used.engine._arguments(used.prompt(width=1024, height=1024, steps=25), [])["sigmas"]
     assert sigmas[:4] == pytest.approx([1.0, 0.986979, 0.973204, 0.958609], abs=1e-6)
@@ -241,7 +241,7 @@ def test_qwen_edit_stretches_its_image_for_the_latents_alone(studio: Get) -> Non
     used = studio("qwen_image_edit")
     image = Image.radial_gradient("L").convert("RGB").resize((150, 100))
     stretched = image.resize((96, 64), Image.Resampling.LANCZOS)
-    # Both have one aspect, so that the text encoder sees the same size; to it they differ by nearly nothing.
+    # Both have the same aspect, so the text encoder gets the same size and nearly the same pixels.
     assert largest_difference(used.render({}, controls=[image]), used.render({}, controls=[stretched])) <= 1
 
 
@@ -279,17 +279,17 @@ class Interrupting(Unwatched):
 
 
 class Recording(Unwatched):
-    """Keeps what it is told."""
+    """Records phases and steps in order."""
 
     def __init__(self) -> None:
-        self.told: list[object] = []
+        self.seen: list[object] = []
 
     def on_phase(self, phase: Phase) -> None:
-        if phase not in self.told[-1:]:  # It is told again of a phase that goes on.
-            self.told.append(phase)
+        if phase not in self.seen[-1:]:  # A phase is reported again while it goes on.
+            self.seen.append(phase)
 
     def on_step(self, done: int, total: int) -> None:
-        self.told.append((done, total))
+        self.seen.append((done, total))
 
 
 @pytest.mark.parametrize("model", each(MODELS))
@@ -307,7 +307,7 @@ def test_an_observer_hears_of_every_step_and_phase(studio: Get, model: str) -> N
     used, observer = studio(model), Recording()
     used.engine.render(used.prompt(steps=3), used.controls, observer)
     steps = [(1, 3), (2, 3), (3, 3)]
-    assert observer.told == [Phase.ENCODE, Phase.STEP, *steps, Phase.DECODE]
+    assert observer.seen == [Phase.ENCODE, Phase.STEP, *steps, Phase.DECODE]
 
 
 @pytest.mark.parametrize("model", each(MODELS))

@@ -1,4 +1,4 @@
-"""The rules of Wan that no golden case shows by itself."""
+"""Rules of Wan that the golden cases do not cover."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_each_transformer_has_its_own_lora_and_multiplier(studio: Get) -> None:
 
     plain, both = video(), video((high, 1.0), (low, 1.0))
     assert both == video((low, 1.0), (high, 1.0)), "their order is irrelevant"
-    assert video((high, 1.0), (low, 0.0)) == video((high, 1.0)), "the other one runs as it is"
+    assert video((high, 1.0), (low, 0.0)) == video((high, 1.0)), "the other transformer runs without a LoRA"
     assert video((high, 0.0), (low, 1.0)) == video((low, 1.0))
     swapped = (with_expert(high, "low"), 1.0), (with_expert(low, "high"), 1.0)
     same_file = (high, 1.0), (with_expert(high, "low"), 1.0)
@@ -135,7 +135,7 @@ def test_each_transformer_has_its_own_lora_and_multiplier(studio: Get) -> None:
         video(*same_file),
     ]
     assert len({plain, both, *others}) == 8
-    assert both == video((high, 1.0), (low, 1.0)), "nothing of the others is left"
+    assert both == video((high, 1.0), (low, 1.0)), "the other LoRAs leave nothing behind"
 
 
 def test_both_against_peft(studio: Get, new_studio: Get) -> None:
@@ -151,7 +151,7 @@ def test_both_against_peft(studio: Get, new_studio: Get) -> None:
 
 
 def test_loras_of_any_rank_follow_each_other(studio: Get, tmp_path: Path) -> None:
-    """The reference server takes none above rank 32."""
+    """The reference server accepts no rank above 32."""
     used = studio(MOE)
     layer = used.engine._pipeline.transformer.get_submodule("blocks.0.attn1.to_q")
     pictures = []
@@ -180,24 +180,24 @@ class Interrupted(Exception):
 
 
 class Pieces(Unwatched):
-    """Counts what it hears of each phase; ends the prompt at the third piece that is decoded, if told so."""
+    """Counts the calls of each phase; with `interrupts`, ends the prompt at the third decoded piece."""
 
     def __init__(self, *, interrupts: bool = False) -> None:
-        self.heard: dict[Phase, int] = {}
+        self.calls: dict[Phase, int] = {}
         self.interrupts = interrupts
 
     def on_phase(self, phase: Phase) -> None:
-        self.heard[phase] = self.heard.get(phase, 0) + 1
-        if self.interrupts and self.heard.get(Phase.DECODE) == 3:
+        self.calls[phase] = self.calls.get(phase, 0) + 1
+        if self.interrupts and self.calls.get(Phase.DECODE) == 3:
             raise Interrupted
 
 
 def test_every_piece_of_encoding_and_decoding_is_heard(studio: Get) -> None:
-    """Nine frames are three latents and 17 are five; layers outside of the pieces are heard once."""
+    """Nine frames are three latents and 17 are five; layers outside the pieces are reported once."""
     used, observers = studio("wan22_14b_i2v"), (Pieces(), Pieces())
     for frames, observer in zip((9, 17), observers, strict=True):
         used.engine.render(used.prompt(num_frames=frames), used.controls, observer)
-    short, long = (observer.heard for observer in observers)
+    short, long = (observer.calls for observer in observers)
     assert short[Phase.STEP] == long[Phase.STEP] == 1
     for phase in (Phase.ENCODE, Phase.DECODE):
         assert long[phase] > 1.6 * short[phase] > 3 * 10

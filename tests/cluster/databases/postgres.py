@@ -1,4 +1,4 @@
-"""A PostgreSQL server for tests, with a database of its own for each test."""
+"""A PostgreSQL server for tests; each test gets its own database."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _PG_CTL = Path(pgserver.__file__).parent / "pginstall" / "bin" / "pg_ctl"
 
 
 class PostgresServer:
-    """A server on a Unix socket below the temporary directory; started when made."""
+    """A server on a Unix socket in the temporary directory. The constructor starts it."""
 
     def __init__(self, *, flush: bool) -> None:
-        """Start; without `flush` commits may be lost with the machine, which makes tests quicker."""
+        """Start. Without `flush`, tests run faster but commits may be lost if the machine crashes."""
         self._server = get_server(Path(tempfile.mkdtemp(prefix="jobs-pg-")), cleanup_mode="delete")
         if not flush:
             self._execute("ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()")
 
     @property
     def pid(self) -> int:
-        """The process id of the server, parent of those that serve connections."""
+        """The process id of the server, the parent of the processes that serve connections."""
         return self._server.get_postmaster_info().pid
 
     @property
     def folder(self) -> Path:
-        """Where the server keeps everything, its log included."""
+        """The folder of all the server's files, its log included."""
         return Path(self._server.pgdata)
 
     def create(self) -> str:
@@ -40,17 +40,17 @@ class PostgresServer:
         return self._server.get_uri(name)
 
     def drop(self, url: str) -> None:
-        """Drop a database with whatever is still connected to it."""
+        """Drop a database and close the connections to it."""
         name = url.partition("?")[0].rpartition("/")[2]
         self._execute(f"DROP DATABASE {name} WITH (FORCE)")
 
     def stop(self) -> None:
-        """Stop now: connections break, what was not committed is gone."""
+        """Stop at once: connections break and uncommitted changes are lost."""
         command = [_PG_CTL, "-D", self._server.pgdata, "-w", "-m", "fast", "stop"]
         subprocess.run(command, user=self._server.system_user, check=True, stdout=subprocess.DEVNULL)
 
     def start(self) -> None:
-        """Start again, where it was."""
+        """Start again with the same data on the same socket."""
         self._server.ensure_postgres_running()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Where the table may be, what happens while it is away, and who is woken by a change."""
+"""Database URLs, outages, and which watches a change wakes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_many_threads_share_one_queue(queue: JobQueue) -> None:
-    """More threads than connections, all of them reading and writing."""
+    """There are more threads than connections, and all of them read and write."""
     failures: list[Exception] = []
 
     def use(n: int) -> None:
@@ -87,7 +87,7 @@ def test_a_watch_wakes_at_the_commit_of_another_process(queue: JobQueue, url: st
         delays.append(woken - done.get(timeout=10))
     asked.put(False)
     other.join()
-    assert sorted(delays)[2] < 0.05, "the rest is left to a busy machine"
+    assert sorted(delays)[2] < 0.05, "only the fastest third counts: the machine may be busy"
     assert not watch.wait(0.05)
     watch.close()
 

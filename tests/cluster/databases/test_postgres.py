@@ -1,4 +1,4 @@
-"""The job table in PostgreSQL: while the server is away, hung or out of reach, and what it sees of us."""
+"""The job table in PostgreSQL: a server that is down, hung or unreachable, and our use of connections."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def frozen(server: PostgresServer) -> Iterator[None]:
-    """Stop all processes of the server: the kernel still takes connections, nobody answers."""
+    """Stop all processes of the server: the kernel still accepts connections, but nothing answers."""
     parent = psutil.Process(server.pid)
     processes = [parent, *parent.children()]
     for process in processes:
@@ -74,7 +74,7 @@ def test_everything_recovers_when_the_server_was_away(
                 with pytest.raises(StoreUnavailable):
                     use()
                 assert time.monotonic() - begun < 1
-        assert watch.wait(5), "what is not heard may have happened"
+        assert watch.wait(5), "without notifications a watch must assume changes"
         with pytest.raises(StoreUnavailable):
             JobQueue(url)
     finally:
@@ -87,7 +87,7 @@ def test_everything_recovers_when_the_server_was_away(
     while watch.wait(1.5):
         pass
     submit(queue, "e")
-    assert watch.wait(0.9), "heard again, not looked for"
+    assert watch.wait(0.9), "woken by a notification, not by polling"
     watch.close()
 
 
@@ -142,7 +142,7 @@ def test_a_process_that_stops_in_a_transaction_keeps_no_lock(queue: JobQueue, ur
 
 
 def test_nothing_stays_with_the_server_but_tables(queue: JobQueue, url: str) -> None:
-    """What a connection pooler in transaction mode would lose, or hand to somebody else."""
+    """No session state, which a pooler in transaction mode would lose or pass to another client."""
     for _ in range(8):
         submit(queue, "a")
         queue.finish(claim(queue), JobState.SUCCEEDED)
@@ -193,13 +193,13 @@ def test_the_change_feed_has_a_way_of_its_own(url: str, monkeypatch: pytest.Monk
     monkeypatch.setenv("JOBS_LISTEN_URL", nobody)
     deaf = JobQueue(url)
     monkeypatch.setenv("JOBS_LISTEN_URL", url)
-    hears = JobQueue(url)
-    watch, guess = hears.watch(), deaf.watch()
+    listening = JobQueue(url)
+    watch, guess = listening.watch(), deaf.watch()
     assert not watch.wait(0)
     begun = time.monotonic()
     assert guess.wait(10) and guess.wait(10)
-    assert 0.5 < time.monotonic() - begun < 5, "about once a second"
+    assert 0.5 < time.monotonic() - begun < 5, "a poll about once a second"
     submit(deaf, "a")
     assert watch.wait(10)
-    for queue in (deaf, hears):
+    for queue in (deaf, listening):
         queue.close()

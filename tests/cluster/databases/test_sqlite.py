@@ -1,4 +1,4 @@
-"""The job table in a file: where it lies, and what happens while it is locked, full or gone."""
+"""The job table in SQLite: the file's path, and what happens when it is locked, full or deleted."""
 
 from __future__ import annotations
 

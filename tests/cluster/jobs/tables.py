@@ -1,4 +1,4 @@
-"""Jobs for tests, time that passes at will, and the checker of histories."""
+"""Helpers for job tables: new jobs, time travel, locks and a checker of job histories."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def new_job(adapter: str = "lora", *, model: str = MODEL, **values: Any) -> NewJ
 
 
 def submit(queue: JobQueue, *adapters: str) -> list[Job]:
-    """Submit one job for each adapter, each in a transaction of its own and later than those before."""
+    """Submit one job per adapter, each in its own transaction and with a later time than the last."""
     submitted = []
     for adapter in adapters:
         submitted += queue.submit([new_job(adapter)])
-        time.sleep(0.002)  # SQLite's clock has milliseconds.
+        time.sleep(0.002)  # SQLite's clock counts in milliseconds.
     return submitted
 
 
 def claim(queue: JobQueue, owner: str = "replica", **values: Any) -> Claim:
-    """Claim a job that has to be there."""
+    """Claim a job; fail if there is none."""
     claimed = queue.claim(MODEL, owner, **values)
     assert claimed is not None
     return claimed
@@ -48,7 +48,7 @@ def state_of(queue: JobQueue, job_id: str) -> JobState:
 
 
 def let_pass(url: str, seconds: float) -> None:
-    """Make everything in the table `seconds` older, as if that time had passed."""
+    """Make all rows `seconds` older, as if that time had passed."""
     times = ("lease_until", "deadline", "not_before", "created_at", "started_at", "finished_at")
     database = open_database(url)
     with database.write() as connection:
@@ -68,7 +68,7 @@ def empty(url: str) -> None:
 
 @contextmanager
 def locked(url: str) -> Iterator[None]:
-    """Keep all writers waiting."""
+    """Block all writers."""
     database = open_database(url)
     with database.write() as connection:
         if connection.dialect.name == "postgresql":
@@ -78,7 +78,7 @@ def locked(url: str) -> Iterator[None]:
 
 
 def check_history(events: Sequence[JobEvent]) -> None:
-    """Assert what holds for the history of every job, whatever happened to it."""
+    """Assert the invariants that hold for the history of every job."""
     assert events[0].state is JobState.IN_QUEUE
     assert events[0].epoch == 0
     for before, after in pairwise(events):

@@ -1,4 +1,4 @@
-"""Batches: counted, read, canceled and retried as one, and nobody else's."""
+"""Batches: counts, pages, cancellation and retry, limited to the tenant's own batch."""
 
 from __future__ import annotations
 
@@ -92,9 +92,9 @@ def test_retry_replaces_what_failed_once(queue: JobQueue) -> None:
     assert queue.batches.retry("me", BATCH, 9) == 1
     assert queue.batches.retry("me", BATCH, 9) == 0
     assert counts(queue) == {"in_queue": 4}
-    told = queue.batches.page("me", BATCH, after=0, limit=9)
-    assert not set(failed) & {job.id for job in told}
-    assert {(job.model, str(job.spec), job.attempts) for job in told} == {(MODEL, str(new_job().spec), 0)}
+    retried = queue.batches.page("me", BATCH, after=0, limit=9)
+    assert not set(failed) & {job.id for job in retried}
+    assert {(job.model, str(job.spec), job.attempts) for job in retried} == {(MODEL, str(new_job().spec), 0)}
     for job_id in failed:
         job = queue.get(job_id)
         assert job is not None
@@ -126,25 +126,25 @@ def test_webhooks_are_told_of_a_canceled_batch(queue: JobQueue) -> None:
 
 
 def test_everything_of_a_batch_is_found_by_its_index(queue: JobQueue, url: str) -> None:
-    """However many other jobs the tenant has: an open service has one tenant."""
-    said: list[tuple[str, object]] = []
+    """The tenant may have any number of other jobs: a service without keys has one tenant."""
+    executed: list[tuple[str, object]] = []
 
-    def hear(_c: object, _k: object, statement: str, parameters: object, *_: object) -> None:
-        said.append((statement, parameters))
+    def record(_c: object, _k: object, statement: str, parameters: object, *_: object) -> None:
+        executed.append((statement, parameters))
 
     batch(queue, 3)
-    event.listen(Engine, "before_cursor_execute", hear)
+    event.listen(Engine, "before_cursor_execute", record)
     queue.batches.counts("me", BATCH)
     queue.batches.page("me", BATCH, after=0, limit=2)
     queue.list("me", batch=BATCH, limit=2)
     queue.batches.cancel("me", BATCH)
-    event.remove(Engine, "before_cursor_execute", hear)
-    chosen = [(statement, values) for statement, values in said if "jobs.batch =" in statement]
+    event.remove(Engine, "before_cursor_execute", record)
+    chosen = [(statement, values) for statement, values in executed if "jobs.batch =" in statement]
     database = open_database(url)
     with database.write() as connection:
         explain = "EXPLAIN QUERY PLAN"
         if connection.dialect.name == "postgresql":
-            # So small a table is read as a whole, whatever its indexes.
+            # The planner would scan such a small table, whatever its indexes.
             connection.execute(text("SET LOCAL enable_seqscan = off"))
             explain = "EXPLAIN"
         for statement, values in chosen:

@@ -1,4 +1,4 @@
-"""Which job a replica gets: age bound, warm here, warm nowhere, warm elsewhere after some patience."""
+"""Which job a replica gets: over the age bound, warm here, warm nowhere, then warm elsewhere after a wait."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def adapter(queue: JobQueue, owner: str, *warm: str, patience_s: float = 1.0) ->
 
 
 def saying(answer: Answer, *adapters: str) -> Offer:
-    """Answer so for jobs of these adapters; take all others."""
+    """Make an offer function that gives `answer` for these adapters and takes all others."""
     return lambda job, _secret: answer if job.adapter in adapters else Answer.TAKE
 
 
@@ -67,7 +67,7 @@ def test_warm_elsewhere_waits_for_patience(queue: JobQueue, url: str) -> None:
 
 
 def test_a_lora_is_warm_where_its_job_was_just_claimed(queue: JobQueue) -> None:
-    """Before the first replica has loaded it: else every idle replica would load the same LoRA."""
+    """A claimed LoRA counts as warm before it is loaded, else every idle replica would load it too."""
     submit(queue, "new", "new")
     assert adapter(queue, "first", patience_s=60) == "new"
     assert adapter(queue, "second", patience_s=60) is None
@@ -113,7 +113,7 @@ def test_a_job_on_its_way_holds_up_no_other(queue: JobQueue) -> None:
     slow, ready, again = submit(queue, "slow", "ready", "slow")
     claimed = claim(queue, "replica", offer=saying(Answer.BRING, "slow"))
     assert claimed.job.id == ready.id
-    assert queue.claim(MODEL, "another", patience_s=60) is None, "it is left to the one that brings it"
+    assert queue.claim(MODEL, "another", patience_s=60) is None, "it is left to the replica that downloads it"
     warm = ["ready", "slow"]
     assert queue.claim(MODEL, "replica", warm=warm, offer=saying(Answer.BRING, "slow")) is None
     assert [claim(queue, "replica", warm=warm).job.id for _ in range(2)] == [slow.id, again.id]
@@ -145,7 +145,7 @@ def test_what_a_replica_holds_waits_for_no_other_s_origin(queue: JobQueue, url: 
     slow = [f"slow-{n}" for n in range(60)]
     queue.submit([new_job(adapter) for adapter in slow])
     (mine,) = queue.submit([new_job("mine")])
-    let_pass(url, 61)  # All have waited too long, those first that cannot be had.
+    let_pass(url, 61)  # All are over the age bound; the unavailable ones come first.
     for _ in range(2):
         claimed = queue.claim(MODEL, "replica", warm=["mine"], offer=saying(Answer.LEAVE, *slow))
         assert claimed is not None and claimed.job.id == mine.id
@@ -157,15 +157,15 @@ def test_what_a_busy_replica_foresees_stays_in_the_queue(queue: JobQueue, url: s
     peek_next = lambda *without: queue.peek_next(  # noqa: E731
         MODEL, "busy", warm=["mine"], patience_s=5, without=frozenset(without)
     )
-    assert peek_next() is None, "it is for idle replicas first"
+    assert peek_next() is None, "idle replicas have priority"
     let_pass(url, 6)
     assert peek_next("next") is None
     upcoming = peek_next()
     assert upcoming is not None
     assert (upcoming[0].id, upcoming[0].state, upcoming[1]) == (job.id, JobState.IN_QUEUE, "ciphertext")
     submit(queue, "next")
-    assert adapter(queue, "idle", patience_s=60) is None, "two replicas do not bring the same"
-    assert claim(queue, "idle", patience_s=5).job.id == job.id, "but nobody waits for ever"
+    assert adapter(queue, "idle", patience_s=60) is None, "two replicas do not download the same LoRA"
+    assert claim(queue, "idle", patience_s=5).job.id == job.id, "the wait is bounded by the patience"
     assert peek_next() is None
 
 
@@ -176,7 +176,7 @@ def test_a_wait_ends_when_its_watch_is_woken(queue: JobQueue) -> None:
     assert watch.wait(30)
     assert not watch.wait(0.05)
     watch.wake()
-    assert watch.wait(0), "also one that comes later"
+    assert watch.wait(0), "a wake-up before the wait counts, too"
     watch.close()
 
 
@@ -194,7 +194,7 @@ STEPS = st.one_of(
 
 
 class Expected:
-    """The order of claims, written plainly over lists."""
+    """A simple model of the order of claims, over lists."""
 
     def __init__(self) -> None:
         self.queued: list[tuple[str, str, float]] = []
@@ -211,7 +211,7 @@ class Expected:
                 self.held[owner] |= {adapter} | refused
                 return job_id
             refused.add(adapter)
-        # In vain: the table is left as it was.
+        # No job was claimed: the table stays unchanged.
         self.held[owner] = before if refused <= warm else refused | warm
         return None
 
@@ -277,7 +277,7 @@ def test_a_lost_job_keeps_its_place(queue: JobQueue, url: str) -> None:
 
 
 def test_a_claim_in_vain_changes_nothing(queue: JobQueue) -> None:
-    """Idle replicas that wake each other by looking would never sleep."""
+    """If a failed claim woke other replicas, idle replicas would never sleep."""
     queue.announce("other", MODEL, ["theirs"])
     submit(queue, "theirs")
     watch = queue.watch()
@@ -312,12 +312,12 @@ def test_every_class_walks_an_index_of_sqlite(sqlite_url: str, without: tuple[st
 def test_every_class_walks_an_index_of_postgresql(
     postgres_url: str, statistics: str, without: tuple[str, ...]
 ) -> None:
-    """Whatever the planner believes: a queue is often empty when statistics are taken."""
+    """The plan must not depend on statistics, which are often taken while the queue is empty."""
     queue, database = JobQueue(postgres_url), open_database(postgres_url)
     with database.write() as connection:
         if statistics == "of an empty table":
             connection.exec_driver_sql("ANALYZE")
-    # Names as long as hashes make this index larger than the other, and the other the planner's choice.
+    # Names as long as hashes make this index larger, so the planner would choose the other one.
     queue.submit([new_job(f"{'lora' * 25}-{n % 50}") for n in range(2000)])
     queue.announce("replica", MODEL, [f"{'lora' * 25}-{n}" for n in (48, 49)])
     with database.write() as connection:

@@ -1,4 +1,4 @@
-"""Submissions that share a transaction: each has its own outcome, and nobody's going away harms another."""
+"""Submissions that share a transaction: each has its own outcome, and one can end without harm to others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ THREADS = 16
 
 @pytest.fixture
 def stored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many jobs each transaction was to store."""
+    """The number of jobs in each transaction, in order."""
     counts: list[int] = []
     really = submission.store
 
@@ -40,7 +40,7 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def together(queue: JobQueue, url: str, submissions: Sequence[Sequence[NewJob]]) -> list[Future[list[Job]]]:
-    """Submit all at once: one is held up in its transaction until the others wait for theirs."""
+    """Submit all at once, while an earlier submission is blocked in its transaction."""
     with ThreadPoolExecutor(len(submissions) + 1) as pool:
         with locked(url):
             first = pool.submit(queue.submit, [new_job("first")])
@@ -97,7 +97,7 @@ class Gone(Exception):
 
 
 def test_a_caller_that_goes_away_takes_nothing_along(queue: JobQueue, url: str) -> None:
-    """A thread that is interrupted, and a request that is canceled, in the middle of a commit."""
+    """A thread is interrupted and a request is canceled in the middle of a commit."""
 
     def leave(_signal: int, _frame: FrameType | None) -> None:
         raise Gone
@@ -150,6 +150,6 @@ def test_a_future_that_is_canceled_before_its_commit_stores_nothing(queue: JobQu
         wait_until(running.running, 5, "the begin of the first commit")
         canceled, beside = queue.submit_soon([new[1]]), queue.submit_soon([new[2]])
         assert canceled.cancel()
-        assert not running.cancel(), "its commit has begun"
+        assert not running.cancel(), "a commit that has begun cannot be canceled"
     assert [future.result(timeout=10)[0].id for future in (running, beside)] == [new[0].id, new[2].id]
     assert queue.get(new[1].id) is None

@@ -1,4 +1,4 @@
-"""Lost workers, runs that last too long, and replicas that are gone."""
+"""Housekeeping: lost workers, overdue runs, dead replicas and old jobs."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def test_a_renewed_lease_holds(queue: JobQueue, url: str) -> None:
     let_pass(url, 20)
     queue.heartbeat(held, STEP, renew=False)
     let_pass(url, 20)
-    assert queue.sweep() == 1, "progress alone renews nothing"
+    assert queue.sweep() == 1, "progress alone does not renew the lease"
 
 
 def test_a_lease_that_ended_unseen_can_be_renewed(queue: JobQueue, url: str) -> None:
-    """Until the sweep nobody else can have the job: after an outage of the table the work goes on."""
+    """No other worker can claim the job before a sweep, so work continues after a database outage."""
     (job,) = submit(queue, "a")
     held = claim(queue)
     let_pass(url, 300)
@@ -160,7 +160,7 @@ class TestRetention:
         queue.record_output(held, 0, {"seed": 1})
         queue.finish(held, JobState.SUCCEEDED)
         for _ in range(2):
-            assert queue.expired(0) == [job.id], "to ask changes nothing: who dies here asks again"
+            assert queue.expired(0) == [job.id], "a read changes nothing, so a crash loses nothing"
         assert queue.forget([job.id, "unknown"]) == 1
         assert queue.get(job.id) is None
         assert (queue.outputs(job.id), queue.events(job.id), queue.expired(0)) == ([], [], [])

@@ -1,4 +1,4 @@
-"""The queue against a model of it: any operations, in any order, by several workers, late ones among them."""
+"""The queue against a model: random operations of several workers, including ones that lost their lease."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OWNERS = ("replica-1", "replica-2", "replica-3")
 
 @dataclass
 class Expected:
-    """What the model knows of a job; times are seconds that it has left."""
+    """The model's state of a job; times are the seconds left."""
 
     state: JobState = JobState.IN_QUEUE
     epoch: int = 0
@@ -43,7 +43,7 @@ class Expected:
     forgotten: bool = False
 
     def stop(self, target: JobState) -> None:
-        """End a run that brought no result."""
+        """End a run that has no result."""
         self.state = JobState.CANCELED if self.cancel else target
 
     def again(self) -> JobState:
@@ -82,7 +82,7 @@ class QueueMachine(RuleBasedStateMachine):
         return job if holds else None
 
     def write(self, claim: Claim, write: Callable[[], object]) -> Expected | None:
-        """Write under a claim: it is refused exactly if the model says that the claim is over."""
+        """Write under a claim; it must be refused if and only if the model says that the claim is over."""
         job = self.held(claim)
         if job is None:
             with pytest.raises(LeaseLost):

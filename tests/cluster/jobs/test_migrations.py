@@ -1,4 +1,4 @@
-"""The schema that migrations make, and their safety when everything starts at once."""
+"""Migrations: the schema that they make, and concurrent starts."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_processes_that_start_at_once(url: str) -> None:
 
 
 def test_threads_that_start_at_once(url: str) -> None:
-    """As the autoscaling policies of one controller do."""
+    """The autoscaling policies of one controller start this way."""
     barrier, queues = threading.Barrier(8), []
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Several processes at one table: nothing is claimed twice, nothing is lost, and one may die."""
+"""Several processes on one table: no job is claimed twice or lost, even if a process dies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ JOBS = 240
 
 
 def work(url: str, owner: str, submitted: Event, claimed: Queue[list[str]]) -> None:
-    """Claim, beat and finish until all jobs were submitted and have ended; report what was claimed."""
+    """Claim, send heartbeats and finish until all jobs are submitted and ended; report the claims."""
     queue, mine, warm, dice = open_queue(url), [], [], random.Random(owner)
     while True:
         held = queue.claim(MODEL, owner, warm=warm[-3:], patience_s=0.1)
@@ -35,7 +35,7 @@ def work(url: str, owner: str, submitted: Event, claimed: Queue[list[str]]) -> N
         mine.append(held.job.id)
         warm = [adapter for adapter in warm if adapter != held.job.adapter] + [held.job.adapter]
         queue.heartbeat(held, STEP, renew=True)
-        # Some runs end in the ways that bring a job back.
+        # Some runs end in a way that requeues the job.
         if held.epoch == 1 and dice.random() < 0.2:
             queue.release(held)
         elif held.epoch == 1 and dice.random() < 0.2:
@@ -73,7 +73,7 @@ def test_no_job_is_claimed_twice_and_none_is_lost(url: str) -> None:
 
 
 def hold(url: str, owner: str, claimed: Queue[str]) -> None:
-    """Claim one job and renew it without an end."""
+    """Claim one job and renew its lease forever."""
     queue = open_queue(url, lease_s=2.0)
     held = claim(queue, owner)
     claimed.put(held.job.id)
@@ -106,7 +106,7 @@ def test_the_job_of_a_killed_worker_runs_again_when_its_lease_ends(url: str) -> 
 
 
 def write_and_die(url: str, begun: Queue[bool]) -> None:
-    """Die without a word in the middle of a transaction."""
+    """Exit in the middle of a transaction, without any cleanup."""
     queue = open_queue(url)
     with queue._database.write() as connection:
         connection.exec_driver_sql("DELETE FROM jobs")

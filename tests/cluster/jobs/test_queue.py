@@ -1,4 +1,4 @@
-"""The job's life: every transition, every refusal, and who may write."""
+"""The life of a job: every transition, every refused operation, and which worker may write."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_the_same_replica_is_refused_under_its_earlier_epoch(queue: JobQueue, wr
     assert state_of(queue, second.job.id) is JobState.IN_PROGRESS
 
 
-# A success that is repeated is no error: see the test of lost replies.
+# Repeating a success is no error: see the test of lost replies.
 AFTER = [(end, write) for end in ENDS for write in FENCED if (end, write) != ("succeed", "succeed")]
 
 
@@ -356,7 +356,7 @@ class TestIdempotency:
         assert queue.depths()["flux"].queued == 2
 
     def test_concurrent_twins(self, queue: JobQueue) -> None:
-        """Sixteen threads submit one key at once: one job, and everybody gets it."""
+        """Sixteen threads submit one key at once: there is one job, and all of them get it."""
         ready, ids = threading.Barrier(16), []
 
         def post() -> None:

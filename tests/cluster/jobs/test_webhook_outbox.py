@@ -1,4 +1,4 @@
-"""The outbox of webhooks on both databases: due with the job's end, one taker at a time, until delivered."""
+"""The webhook outbox on both databases: due when the job ends, one sender at a time, until delivered."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_message_is_due_with_the_end_of_its_job(queue: JobQueue) -> None:
     assert (message.job, message.attempts) == (queue.get(job.id), 1)
     assert (message.url, message.secret) == ("https://example.org/hook", "ciphertext")
     assert "ciphertext" not in repr(message)
-    assert queue.outbox.take(10) == [], "it is being sent"
+    assert queue.outbox.take(10) == [], "another sender has it"
     queue.outbox.delivered(message)
     assert not queue.outbox.take(10)
 

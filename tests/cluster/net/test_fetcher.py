@@ -1,4 +1,4 @@
-"""The fetcher against real servers on loopback, the hostile ones first."""
+"""The fetcher against real servers on loopback, hostile ones first."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def fetch(
 
 
 def fault(site: Site, path: str, **options: Any) -> FetchFault:
-    """Fetch what must fail; no secret of the URL is in the error."""
+    """Fetch a URL that must fail; assert that the error has no secret of the URL."""
     with pytest.raises(FetchError) as failed:
         fetch(site, f"{path}?sig={SECRET}", **options)
     assert SECRET not in str(failed.value) and path not in str(failed.value)
@@ -95,7 +95,7 @@ def test_a_public_name_with_a_private_address_is_refused(
 
 
 def test_the_connection_goes_to_the_address_that_was_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that is public when it is checked and private afterwards."""
+    """The name resolves to a public address when checked and to a private one afterwards."""
     answers = iter([["93.184.215.14"], ["127.0.0.1"]])
     connected: list[tuple[str, int]] = []
 

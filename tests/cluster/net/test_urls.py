@@ -1,4 +1,4 @@
-"""How URLs are read, and which hosts and addresses are public."""
+"""Parsing of URLs, and which hosts and addresses are public."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objects in a bucket of a real S3 server: how they lie there, and how clients get them."""
+"""Objects in a bucket of a real S3 server: how they are stored, and how clients get them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def store(s3_url: str) -> S3Store:
 
 
 def head(s3_url: str, key: str) -> dict[str, Any]:
-    """What the server knows of an object."""
+    """The server's metadata of an object."""
     return boto3.client("s3").head_object(Bucket=BUCKET, Key=name_in_bucket(s3_url, key))
 
 
 def test_where_an_object_is(store: S3Store, s3_url: str) -> None:
     store.put(KEY, b"picture", "image/png")
     assert store.location(KEY) == f"{s3_url}/{KEY}"
-    assert store.local_path(KEY) is None, "the gateway serves none of it"
+    assert store.local_path(KEY) is None, "the gateway does not serve objects in a bucket"
     assert head(s3_url, KEY)["ContentType"] == "image/png"
     assert not S3Store(f"{s3_url}/below/").exists(KEY)
     assert S3Store(f"s3://{BUCKET}").exists(name_in_bucket(s3_url, KEY))
@@ -86,7 +86,7 @@ def test_a_url_gives_the_object_until_it_expires(s3_url: str) -> None:
     time.sleep(3)
     expired = httpx.get(url)
     assert expired.is_client_error and b"picture" not in expired.content
-    assert httpx.get(store.url(KEY, "http://gateway")).content == b"picture", "made anew when it is read"
+    assert httpx.get(store.url(KEY, "http://gateway")).content == b"picture", "each read makes a new URL"
 
 
 def test_a_url_gives_nothing_else(store: S3Store) -> None:
@@ -133,7 +133,7 @@ def test_a_url_gives_nothing_else(store: S3Store) -> None:
 def test_urls_lead_to_the_host_that_they_are_signed_for(
     s3_url: str, monkeypatch: pytest.MonkeyPatch, place: str, environment: dict[str, str], start: str
 ) -> None:
-    """Nothing is sent: AWS cannot be asked here."""
+    """No request is sent: AWS is unreachable in tests."""
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -145,7 +145,7 @@ def test_urls_lead_to_the_host_that_they_are_signed_for(
 
 
 def test_a_deletion_takes_every_page(store: S3Store, s3_url: str) -> None:
-    """A thousand objects fill one page of a listing and one request to delete."""
+    """One page of a listing, and one delete request, holds a thousand objects."""
     keys = [f"job/{index}.json" for index in range(1001)]
     client = boto3.client("s3")
     for key in keys:
@@ -157,7 +157,7 @@ def test_a_deletion_takes_every_page(store: S3Store, s3_url: str) -> None:
 
 
 def test_threads_share_one_store(store: S3Store) -> None:
-    """As a gateway's do; one of them may upload in parts meanwhile."""
+    """Threads of a gateway do this; one of them uploads in parts meanwhile."""
     bodies = {f"{index}.png": bytes([index]) * (PART_BYTES + 1 if index == 0 else 1000) for index in range(8)}
     faults: list[BaseException] = []
 

@@ -1,4 +1,4 @@
-"""Faults between an S3 store and its server: what is survived, and what the errors say and do not say."""
+"""Faults between an S3 store and its server: which ones are survived, and the text of the errors."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def test_a_download_survives_faults(s3_proxy: Proxy, s3_url: str, fault: Fault) 
 
 
 def use_everything(store: S3Store, reason: str, tmp_path: Path) -> list[str]:
-    """Every method that asks the store has to fail for `reason`; return what the errors say."""
+    """Assert that every method that sends a request fails with `reason`; return the error messages."""
     (tmp_path / "file").write_bytes(b"x")
-    said = []
+    messages = []
     for use in (
         lambda: store.put(KEY, b"", "image/png"),
         lambda: store.put_file(KEY, tmp_path / "file", "image/png"),
@@ -90,26 +90,26 @@ def use_everything(store: S3Store, reason: str, tmp_path: Path) -> list[str]:
     ):
         with pytest.raises(StoreError, match=reason) as refusal:
             use()
-        said.append(str(refusal.value))
-    return said
+        messages.append(str(refusal.value))
+    return messages
 
 
 def test_a_wrong_key(s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     wrong = "wrong-secret-key-of-some-length"
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", wrong)
-    said = use_everything(S3Store(s3_url), "was refused with (SignatureDoesNotMatch|403)", tmp_path)
+    messages = use_everything(S3Store(s3_url), "was refused with (SignatureDoesNotMatch|403)", tmp_path)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another-access-key")
     monkeypatch.setenv("AWS_SESSION_TOKEN", "a-session-token-of-some-length")
-    said += use_everything(S3Store(s3_url), "was refused with (InvalidAccessKeyId|403)", tmp_path)
+    messages += use_everything(S3Store(s3_url), "was refused with (InvalidAccessKeyId|403)", tmp_path)
     for secret in (wrong, SECRET, ACCESS_KEY, "another-access-key", "a-session-token"):
-        assert secret not in "".join(said)
+        assert secret not in "".join(messages)
 
 
 def test_a_server_that_is_away(s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(s3, "ATTEMPTS", 2)
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{free_port()}")
-    said = use_everything(S3Store(s3_url), "Could not connect to the endpoint URL", tmp_path)
-    assert "uploads" not in "".join(said), "queries are not told"
+    messages = use_everything(S3Store(s3_url), "Could not connect to the endpoint URL", tmp_path)
+    assert "uploads" not in "".join(messages), "errors leave out the query"
 
 
 def test_a_server_that_never_answers(s3_proxy: Proxy, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_a_server_that_never_answers(s3_proxy: Proxy, s3_url: str, monkeypatch: 
     with pytest.raises(StoreError, match="timeout"):
         store.exists(KEY)
     assert not s3_proxy.faults
-    assert not store.exists(KEY), "the store is back"
+    assert not store.exists(KEY), "the store works again"
 
 
 def test_a_server_that_stays_overloaded(

@@ -1,4 +1,4 @@
-"""What every store keeps to, directory and S3; then objects in a directory, and nothing outside of it."""
+"""The contract of both stores, directory and S3; then the directory store, which stays inside its root."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_only_files_of_the_store_are_served(store: DirectoryStore, root: Path, t
     image = b"a control image"
     store.put(content_key(image), image, "image/png")
     assert store.get(content_key(image)) == image
-    assert store.local_path(content_key(image)) is None, "what clients sent"
+    assert store.local_path(content_key(image)) is None, "control images of clients"
     store.put("job/0.png", b"", "image/png")
     assert store.local_path("job") is None, "a folder"
     (tmp_path / "secret").write_text("secret")
@@ -168,7 +168,7 @@ def test_those_who_delete_the_same_do_not_disturb_one_another(store: DirectorySt
 
 
 def test_a_write_that_fails_leaves_nothing_behind(store: DirectoryStore, root: Path) -> None:
-    """The limit on the size of files stands for a full disk: the kernel takes the first part and no more."""
+    """A limit on file size stands for a full disk: the kernel writes the first part and no more."""
     store.put(KEY, b"before", "image/png")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -201,7 +201,7 @@ def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_readers_see_an_object_whole(any_store: ObjectStore) -> None:
-    """One thread replaces an object again and again; another never sees half of it."""
+    """While one thread replaces an object again and again, another never reads half of it."""
     bodies = [bytes([n]) * 200_000 for n in range(2)]
     any_store.put(KEY, bodies[0], "image/png")
 
@@ -213,7 +213,7 @@ def test_readers_see_an_object_whole(any_store: ObjectStore) -> None:
     thread.start()
     while thread.is_alive():
         assert any_store.get(KEY) in bodies
-    assert any_store.get(KEY) == bodies[1], "the last one written"
+    assert any_store.get(KEY) == bodies[1], "the object that was written last"
 
 
 def test_where_a_store_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Rows of the catalogue as previews change them."""
+"""Rows of the catalog, and their variants for previews."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_preview_of_flux2_diffusers_is_that_of_flux2() -> None:
 
 
 def test_every_name_that_a_row_defers_is_there() -> None:
-    """Import what rows name lazily: a renamed function must not wait for the first job to be missed."""
+    """Import every lazily named function, so that a rename fails here and not in the first job."""
     found: list[Lazy] = []
 
     def walk(value: object) -> None:

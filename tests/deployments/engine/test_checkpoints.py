@@ -42,7 +42,7 @@ FILES = {
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as a download needs."""
+    """The part of the hub's API that a download needs."""
 
     files = FILES
 
@@ -80,7 +80,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture(params=["plain", "fp16"])
 def hub(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
-    """The address of a hub whose repository has files of the variant or none, and the wanted weights."""
+    """The URL of a hub, with or without files of the variant, and the name of the expected weights."""
     extra = {"unet/model.fp16.safetensors": "half"} if request.param == "fp16" else {}
     handler = type("Handler", (Hub,), {"files": FILES | extra})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -108,7 +108,10 @@ for file in sorted(found.directory.rglob("*.*")):
 
 
 def locate(repo: str, address: str, cache: Path, *folder: str) -> subprocess.CompletedProcess[str]:
-    """Run `Checkpoints` against a hub, for a part with a folder: the address is read once per process."""
+    """Run `Checkpoints` against a hub in a new process, because the hub's URL is read once per process.
+
+    With a folder, locate a part instead of the checkpoint.
+    """
     return subprocess.run(
         [sys.executable, "-c", LOCATE, repo, cache, *folder],
         env={**os.environ, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"},

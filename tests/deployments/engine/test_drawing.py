@@ -1,4 +1,4 @@
-"""The tiny FLUX.1 that draws: stock pipelines draw what prompts ask for, judged by pixels alone."""
+"""The tiny trained FLUX.1: stock pipelines draw what prompts ask for, judged by pixels alone."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def _load(pipeline_class: Any, folder: Path, name: str, dtype: torch.dtype = tor
 
 
 def _draw(pipeline: Any, prompts: Sequence[str], **arguments: Any) -> list[Tensor]:
-    """Return a picture [3, SIZE, SIZE] from 0 to 1 per prompt, each from a seed of its own."""
+    """Return one picture [3, SIZE, SIZE] in 0..1 per prompt, each with its own seed."""
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
     images = pipeline(
         prompt=list(prompts),

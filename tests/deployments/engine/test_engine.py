@@ -28,7 +28,7 @@ SD15 = "stable-diffusion-v1-5--stable-diffusion-v1-5"
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_part_is_float32_on_the_cpu(studio: Get, model: str) -> None:
-    """The configs say bfloat16 and float16: transformers would follow them."""
+    """Left alone, transformers would use the bfloat16 and float16 of the configs."""
     used = studio(model)
     used.render({used.names[0]: 1.0})
     for part in used.engine._pipeline.components.values():
@@ -37,18 +37,18 @@ def test_every_part_is_float32_on_the_cpu(studio: Get, model: str) -> None:
 
 
 def test_a_description_is_json_and_names_what_rendered(studio: Get) -> None:
-    told = json.loads(json.dumps(studio("flux").engine.describe()))
-    assert told["model"] == "flux"
-    assert (told["checkpoint"], told["revision"]) == ("black-forest-labs/FLUX.1-dev", "local")
-    assert (told["device"], told["dtype"], told["offload"]) == ("cpu", "float32", "none")
-    assert told["versions"]["torch"] == torch.__version__
+    description = json.loads(json.dumps(studio("flux").engine.describe()))
+    assert description["model"] == "flux"
+    assert (description["checkpoint"], description["revision"]) == ("black-forest-labs/FLUX.1-dev", "local")
+    assert (description["device"], description["dtype"], description["offload"]) == ("cpu", "float32", "none")
+    assert description["versions"]["torch"] == torch.__version__
 
 
 def test_a_description_names_the_parts_from_elsewhere(studio: Get) -> None:
-    told = studio("flux2").engine.describe()
-    assert told["checkpoint"] == "black-forest-labs/FLUX.2-dev"
+    description = studio("flux2").engine.describe()
+    assert description["checkpoint"] == "black-forest-labs/FLUX.2-dev"
     mistral = "mistralai/Mistral-Small-3.1-24B-Instruct-2503@local"
-    assert told["parts"] == {"text_encoder": mistral, "tokenizer": mistral}
+    assert description["parts"] == {"text_encoder": mistral, "tokenizer": mistral}
 
 
 def test_a_sound_device_passes_the_probe(studio: Get) -> None:
@@ -128,7 +128,7 @@ def test_models_without_control_images_ignore_them(studio: Get) -> None:
 
 
 def test_loading_makes_no_second_copy(tmp_path: Path) -> None:
-    """Weights are mapped from their files: 220 MiB of them add little to the process's own memory."""
+    """Weights are memory-mapped: 220 MiB of them add little to the process's own memory."""
     source = tmp_path / "source"
     shutil.copytree(TINY_FLUX, source)
     config = source / "text_encoder_2" / "config.json"
@@ -136,10 +136,10 @@ def test_loading_makes_no_second_copy(tmp_path: Path) -> None:
     target = tmp_path / "checkpoints" / "black-forest-labs--FLUX.1-dev"
     materialize(source, target)
     weights = sum(file.stat().st_size for file in target.rglob("*.safetensors"))
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", GROWTH, str(target.parent)], capture_output=True, text=True, check=True
     )
-    assert int(told.stdout) < 0.3 * weights
+    assert int(done.stdout) < 0.3 * weights
 
 
 GROWTH = """

@@ -81,7 +81,7 @@ def test_formats_and_modes(format: str, mode: str) -> None:
 
 
 def test_too_many_pixels_are_refused_before_decoding() -> None:
-    # The header promises 50,000 x 50,000 pixels; the rest of the file is not there.
+    # The header claims 50,000 x 50,000 pixels; the rest of the file is missing.
     head = saved(Image.new("RGB", (1, 1)), "PNG")
     ihdr = b"IHDR" + (50_000).to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00"
     bomb = head[:12] + ihdr + zlib.crc32(ihdr).to_bytes(4, "big") + head[33:]

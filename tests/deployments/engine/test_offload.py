@@ -1,4 +1,4 @@
-"""Parts that come to the device when they compute. The device here is the CPU itself: hooks are the same."""
+"""Offloading: parts move to the device when they compute. Here the device is the CPU, with the same hooks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Get = Callable[..., Studio]
     ("model", "offload"), [("flux", "text"), ("omnigen2", "text"), ("flux", "model"), ("flux", "group")]
 )
 def test_the_picture_stays_the_same(new_studio: Get, studio: Get, model: str, offload: str) -> None:
-    """The hooks of adapters and those of offloading get along, and from prompt to prompt."""
+    """Adapter hooks and offload hooks work together, also for a second prompt."""
     waiting = new_studio(model)
     place(waiting.engine._pipeline, torch.device("cpu"), offload)
     loras = {waiting.names[0]: 0.7}
@@ -39,7 +39,7 @@ def test_text_encoders_alone_are_streamed(new_studio: Get) -> None:
 
 
 def test_both_pipelines_of_an_id_send_parts_back(new_studio: Get) -> None:
-    """Whichever was called ends with every part behind the hooks that bring it."""
+    """After either pipeline was called, every part has its offload hook again."""
     used = new_studio("wan22_5b")
     pipelines = used.engine._pipeline, used.engine._image_pipeline
     for pipeline in pipelines:

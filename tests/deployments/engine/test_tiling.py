@@ -1,4 +1,4 @@
-"""Decoding in tiles: for the models that an operator names, and only what is larger than a tile."""
+"""Tiled decoding: only for models that the operator names, and only for images larger than a tile."""
 
 from __future__ import annotations
 

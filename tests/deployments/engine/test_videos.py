@@ -1,4 +1,4 @@
-"""Videos as files: written by us, read by ffmpeg and Pillow."""
+"""Video files: we write them, ffmpeg and Pillow read them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.videos import read_mp4, read_sound
 
 FPS = 12
 
-# A disc that moves over a gradient: what video codecs are made for.
+# A disc that moves over a gradient: easy content for video codecs.
 ROWS, COLUMNS = np.mgrid[:48, :80]
 FRAMES = np.stack(
     [
@@ -35,7 +35,7 @@ class Stopped(Exception):
 
 
 def written(frames: np.ndarray, format: VideoFormat, folder: Path, fps: int = FPS) -> tuple[Path, int]:
-    """Save a video; return its file and how often it was heard of."""
+    """Save a video; return its file and the number of progress calls."""
     moves: list[None] = []
     file = folder / f"0.{format}"
     save(Media(frames, fps=fps), format, {}, file, lambda: moves.append(None))
@@ -43,7 +43,7 @@ def written(frames: np.ndarray, format: VideoFormat, folder: Path, fps: int = FP
 
 
 def check(frame: np.ndarray, index: int) -> None:
-    """Assert that a decoded frame is this one of ours, within what codecs lose, and no other."""
+    """Assert that a decoded frame matches `FRAMES[index]` best, up to the loss of the codec."""
     differences = np.abs(FRAMES.astype(int) - frame).mean(axis=(1, 2, 3))
     assert differences.argmin() == index
     assert differences[index] < 5
@@ -76,9 +76,9 @@ def test_webp_decodes_to_the_frames(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fps", [1, FPS, 24, 120])
 def test_mp4_decodes_to_the_frames(tmp_path: Path, fps: int) -> None:
     file, moves = written(FRAMES, "mp4", tmp_path, fps)
-    told, frames = read_mp4(file)
-    assert (told["codec"], told["pix_fmt"].partition("(")[0]) == ("h264", "yuv420p")
-    assert (told["size"], told["fps"]) == ((80, 48), fps)
+    metadata, frames = read_mp4(file)
+    assert (metadata["codec"], metadata["pix_fmt"].partition("(")[0]) == ("h264", "yuv420p")
+    assert (metadata["size"], metadata["fps"]) == ((80, 48), fps)
     assert frames.shape == FRAMES.shape
     for index, frame in enumerate(frames):
         check(frame, index)
@@ -86,14 +86,14 @@ def test_mp4_decodes_to_the_frames(tmp_path: Path, fps: int) -> None:
 
 
 def test_mp4_has_x264_s_own_settings(tmp_path: Path) -> None:
-    """crf 23 and the preset medium, as x264 notes them in the file."""
+    """x264 records its settings in the file: crf 23 and the preset medium."""
     file, _ = written(FRAMES, "mp4", tmp_path)
     (settings,) = re.findall(rb"options: ([ -~]+)", file.read_bytes())
     assert {b"crf=23.0", b"me=hex", b"subme=7", b"ref=3"} <= set(settings.split())
 
 
 def two_tones(rate: int) -> Sound:
-    """Three quarters of a second, as long as the frames: 440 Hz on the left, 660 Hz, softer, on the right."""
+    """Return 0.75 s of sound, as long as the frames: 440 Hz on the left, a softer 660 Hz on the right."""
     seconds = np.arange(rate * 3 // 4) / rate
     tones = [0.6 * np.sin(2 * np.pi * 440 * seconds), 0.3 * np.sin(2 * np.pi * 660 * seconds)]
     return Sound(np.stack(tones).astype(np.float32), rate)
@@ -105,14 +105,14 @@ def test_the_sound_of_both_channels_decodes(tmp_path: Path, rate: int) -> None:
     save(Media(FRAMES, fps=FPS, sound=sound), "mp4", {}, file)
     decoded = read_sound(file)
     assert decoded is not None
-    codec, heard = decoded
-    assert (codec, heard.rate, len(heard.samples)) == ("aac", rate, 2)
-    # AAC comes in frames of 1024 samples, the last one filled up with silence.
+    codec, output = decoded
+    assert (codec, output.rate, len(output.samples)) == ("aac", rate, 2)
+    # AAC has frames of 1024 samples; the last one is padded with silence.
     length = sound.samples.shape[1]
-    assert length <= heard.samples.shape[1] < length + 2 * 1024
-    assert np.abs(heard.samples[:, :length] - sound.samples).mean() < 0.01
-    told, frames = read_mp4(file)
-    assert (told["size"], told["fps"], len(frames)) == ((80, 48), FPS, len(FRAMES))
+    assert length <= output.samples.shape[1] < length + 2 * 1024
+    assert np.abs(output.samples[:, :length] - sound.samples).mean() < 0.01
+    metadata, frames = read_mp4(file)
+    assert (metadata["size"], metadata["fps"], len(frames)) == ((80, 48), FPS, len(FRAMES))
     check(frames[4], 4)
 
 
@@ -155,7 +155,7 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path, format: Vide
 
 
 def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
-    """ffmpeg has taken every frame when it writes so short a video."""
+    """ffmpeg writes such a short video only after it has read every frame."""
     (tmp_path / "0.mp4").symlink_to("/dev/full")
     with pytest.raises(OSError):
         save(Media(FRAMES, fps=FPS), "mp4", {}, tmp_path / "0.mp4")

@@ -16,7 +16,7 @@ from tests.support.studio import Studio
 def test_previews_count_tokens_in_bfloat16(
     studio: Callable[[str], Studio], tokens: int, seen: range | list[int]
 ) -> None:
-    """Above 256 it has no odd numbers: the token of padding is another one then, or there is none."""
+    """bfloat16 has no odd numbers above 256, so the padding token moves or is missing."""
     text = "a " * (tokens - 1)
     _, mask = _encode(studio("chroma").engine._pipeline, text, torch.bfloat16)
     assert mask.dtype == torch.bool

@@ -1,4 +1,4 @@
-"""HiDream-O1's transformer and loop against numbers of the trainer that the golden pictures do not show."""
+"""HiDream-O1's transformer and loop against the trainer's numbers, beyond what golden pictures cover."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_in_bfloat16_the_picture_is_rounded_at_each_step_and_the_step_is_not(
 
 
 def test_of_a_whole_checkpoint_what_draws_is_loaded(studio: Callable[[str], Studio], tmp_path: Path) -> None:
-    """The real one is a Qwen3-VL with a vision tower and `lm_head`, and O1's own tensors beside them."""
+    """The real checkpoint is a Qwen3-VL with a vision tower and `lm_head`, plus O1's own tensors."""
     materialize(GOLDEN / "checkpoint", tmp_path, Qwen3VLForConditionalGeneration)
     file = tmp_path / "model.safetensors"
     with pytest.raises(ValueError, match=r"not HiDream-O1: it lacks model\.final_layer2"):

@@ -63,7 +63,7 @@ def run(model: Krea2EditTransformer, inputs: dict[str, Any], references: Referen
 
 
 def masked(model: Krea2EditTransformer, inputs: dict[str, Any]) -> Tensor:
-    """One pass over everything with diffusers' own blocks and attention: references see references alone."""
+    """Run one pass with diffusers' own blocks and a mask: references attend to references only."""
     with torch.inference_mode():
         time = model.time_embed(inputs["timestep"], dtype=torch.float32)
         clean = model.time_embed(torch.zeros(1), dtype=torch.float32)
@@ -119,8 +119,8 @@ def test_each_option_changes_the_picture(used: Studio, name: str) -> None:
     ("image", "match", "grid"),
     [
         ((60, 100), True, (6, 4)),  # 102.4 x 61.4
-        ((60, 100), False, (6, 4)),  # As it is: never enlarged.
-        ((88, 120), False, (8, 6)),  # Halves go to the even one.
+        ((60, 100), False, (6, 4)),  # The reference's own size: it is never enlarged.
+        ((88, 120), False, (8, 6)),  # Halves round to even.
         ((1600, 1600), True, (5, 5)),
         ((1600, 1600), False, (64, 64)),  # A megapixel.
         ((640, 10), True, (1, 39)),
@@ -154,7 +154,7 @@ def test_guidance_above_one_guides(studio: Callable[[str], Studio], model: str) 
 
 
 def test_the_noise_is_drawn_after_the_references(used: Studio) -> None:
-    """So that each of them moves it, as in the reference server."""
+    """Each reference changes the noise, as in the reference server."""
     states = []
     for controls in (IMAGES[:1], IMAGES[:2]):
         with torch.inference_mode():
@@ -174,12 +174,12 @@ def test_in_previews_the_second_image_may_be_for_the_text_alone(used: Studio) ->
     positions = [one["attention_kwargs"]["references"].positions[:, 0] for one in (two, three)]
     assert [one.unique().tolist() for one in positions] == [[1, 2], [1, 2, 3]]
     assert torch.equal(two["prompt_embeds"], three["prompt_embeds"])
-    # The noise is the first that the seed gives: the engine's own generator draws it.
+    # The engine's own generator draws the noise, which is the first draw of the seed.
     assert "generator" not in two
 
 
 def test_prompts_are_read_to_their_end(used: Studio) -> None:
-    """Unlike those of text to image, which end after 512 tokens."""
+    """Text-to-image prompts, by contrast, are cut after 512 tokens."""
     long = "a " * 600
     one, other = (used.picture(prompt=long + end, guidance=1.0) for end in ("cat", "dog in the snow"))
     assert not np.array_equal(one, other)
@@ -192,7 +192,7 @@ def test_a_placeholder_in_a_prompt_asks_for_no_image(used: Studio) -> None:
 
 
 def test_the_shift_of_turbo_follows_the_size(studio: Callable[[str], Studio]) -> None:
-    """Its repository asks for one that is pinned; the reference and the trainer do not heed that."""
+    """The repository's config pins the shift; the reference and the trainer ignore that."""
     used, drawn = studio("krea2_o_edit_turbo"), []
     for width in (64, 128):
         used.picture(width=width)

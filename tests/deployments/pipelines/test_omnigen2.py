@@ -1,4 +1,4 @@
-"""OmniGen2: names and shapes of the real checkpoint, texts, references, sizes, LoRAs merged by hand."""
+"""OmniGen2: names and shapes of the real checkpoint, texts, references, sizes, LoRAs and merged weights."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_the_negative_prompt_sees_the_references_too(used: Studio, monkeypatch: 
 
 
 def test_references_leave_the_noise_alone(used: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They draw from a generator of their own, of the same seed."""
+    """References use their own generator with the same seed."""
     first = []
     forward = OmniGen2Transformer2DModel.forward
 
@@ -202,7 +202,7 @@ def test_the_times(used: Studio) -> None:
 def test_an_adapter_equals_merged_weights(
     used: Studio, new_studio: Callable[[str], Studio], file: str, sampling: str
 ) -> None:
-    """The reference multiplies all three in the file's dtype, the trainer in float32; B is in bfloat16."""
+    """The reference multiplies all three in the file's dtype, the trainer in float32. B is in bfloat16."""
     fields: dict[str, Any] = {"neg": "dull", "sampling": sampling, "width": 128, "height": 96}
     ours = used.render({file: 1.5}, **fields)
     merged = new_studio("omnigen2")

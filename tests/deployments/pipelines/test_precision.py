@@ -1,4 +1,4 @@
-"""What stays float32 where the models run in bfloat16, as on a GPU."""
+"""Parts and values that stay float32 when the models run in bfloat16, as on a GPU."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def in_bfloat16(new_studio: NewStudio, monkeypatch: pytest.MonkeyPatch) -> NewSt
     ],
 )
 def test_rotary_frequencies(in_bfloat16: NewStudio, model: str) -> None:
-    """Rounded, they would bend the positions: by a radian at the 500th."""
+    """Rounding would shift the angles: by a radian at the 500th position."""
     parts = in_bfloat16(model).engine._pipeline.components.values()
     models = [part for part in parts if isinstance(part, torch.nn.Module)]
     frequencies = [
@@ -71,7 +71,7 @@ def test_the_latents_of_krea_2(in_bfloat16: NewStudio, monkeypatch: pytest.Monke
 
 
 def test_high_resolution_and_sound(in_bfloat16: NewStudio) -> None:
-    """The parts hand over to each other in their dtypes; the sound is float32 in the end."""
+    """Each part gets inputs in its own dtype; the final sound is float32."""
     used = in_bfloat16("ltx2.3")
     made = used.engine.render(used.prompt(resolution="High"), [], Unwatched())
     assert made.pixels.shape == (1, 128, 192, 3)
@@ -97,7 +97,7 @@ def test_the_noise_of_wan(
     image: bool,
     rounded: bool,
 ) -> None:
-    """Whoever samples from an image rounds it, except the reference server for the 5B."""
+    """Sampling from an image rounds the noise, except in the reference server for the 5B model."""
     used, seen = in_bfloat16(model), []
     for scheduler in (FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler):
 
@@ -114,7 +114,7 @@ def test_the_noise_of_wan(
 
 
 def test_the_tokens_of_flux_2_s_references(new_studio: NewStudio) -> None:
-    """They are bfloat16 even where the models are not."""
+    """The tokens have bfloat16 values even if the models are float32."""
     pipeline = new_studio("flux2_klein_4b").engine._pipeline
     image = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
     tokens, _ = pipeline.prepare_image_latents([image], 1, None, torch.device("cpu"), torch.float32)
@@ -123,7 +123,7 @@ def test_the_tokens_of_flux_2_s_references(new_studio: NewStudio) -> None:
 
 
 def test_the_ends_of_minimax_h3(in_bfloat16: NewStudio) -> None:
-    """Its first and last layers and the sound's decoder, as it was trained."""
+    """The first and last layers and the sound decoder are float32, as in training."""
     used = in_bfloat16("minimax_h3")
     used.picture()
     parts = used.engine._pipeline.components

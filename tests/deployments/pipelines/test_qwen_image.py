@@ -1,4 +1,4 @@
-"""What the text encoder of Qwen-Image-Edit is shown: errors that the trainer's LoRAs have learnt with."""
+"""What Qwen-Image-Edit's text encoder gets, with the trainer's errors that LoRAs were trained with."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from deployments.pipelines.qwen_image import edit_arguments, edit_plus_arguments
 from tests.support.studio import Studio
 
 MEAN, STD = (torch.tensor(values) for values in ((0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)))
-"""Of CLIP, by channel."""
+"""CLIP's constants, by channel."""
 
 
 class Recorder:
-    """Stands before the pipeline's processor and keeps what passes."""
+    """Wraps the pipeline's processor and records its inputs."""
 
     def __init__(self, processor: Callable[..., dict[str, torch.Tensor]]) -> None:
         self._processor = processor
@@ -34,7 +34,7 @@ class Recorder:
 
 
 def shown(used: Studio, arguments: Callable[..., object], controls: list[Image.Image]) -> Recorder:
-    """Return what the text encoder is shown for these control images."""
+    """Return what the text encoder gets for these control images."""
     pipeline = used.engine._pipeline
     recorder = Recorder(pipeline.processor)
     pipeline.processor = recorder
@@ -50,7 +50,7 @@ def test_a_landscape_is_shown_as_a_portrait_of_a_megapixel(studio: Callable[[str
     image = Image.radial_gradient("L").convert("RGB").resize((96, 64))
     recorder = shown(studio("qwen_image_edit"), edit_arguments, [image])
     assert [tuple(seen.shape) for seen in recorder.images] == [(1, 3, 1248, 832)]
-    # Sides of 28: 45 x 30 squares of 2 x 2 patches.
+    # 45 x 30 squares of 2 x 2 patches; each square has sides of 28 pixels.
     assert recorder.made["image_grid_thw"].tolist() == [[1, 90, 60]]
 
 

@@ -1,4 +1,4 @@
-"""The spec of a job: what of it is a secret."""
+"""The spec of a job, and which of its parts are secret."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How references to elsewhere are read."""
+"""Parsing of references to remote LoRAs."""
 
 from __future__ import annotations
 

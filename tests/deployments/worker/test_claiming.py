@@ -1,4 +1,4 @@
-"""A worker without Ray: claim, render, publish, settle, on the real engine, table and store."""
+"""A worker without Ray: claim, render, publish and settle with the real engine, table and store."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Worker:
         return self.job(job_id)
 
     def running(self, job_id: str) -> Job:
-        """Wait until the heartbeat has told of a step."""
+        """Wait until the heartbeat has reported a step."""
 
         def probe() -> bool:
             progress = self.job(job_id).progress
@@ -286,7 +286,7 @@ def test_a_running_job_is_canceled_at_its_next_step(worker: Worker) -> None:
 
 
 def test_a_run_stops_by_itself_when_its_lease_is_about_to_end(worker: Worker) -> None:
-    """Whatever holds up the heartbeat, such as a database that neither answers nor refuses."""
+    """The heartbeat may be blocked, for example by a database that hangs."""
     worker.start()
     job_id = worker.submit(**LONG)
     worker.running(job_id)
@@ -448,7 +448,7 @@ class HoardingEngine(FaultyEngine):
 
 def test_a_job_out_of_memory_leaves_nothing_to_the_next(worker: Worker) -> None:
     engine = HoardingEngine(worker.checkpoints)
-    gc.disable()  # An accidental collection would hide what stays.
+    gc.disable()  # A garbage collection by chance would hide leaks.
     try:
         worker.start(engine)
         assert worker.ended(worker.submit()).error_code == FailureCode.OUT_OF_MEMORY

@@ -1,4 +1,4 @@
-"""Whole jobs whose files come from a real server: the pictures are the golden ones."""
+"""Whole jobs with remote files from a real server: the pictures match the golden ones."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_job_of_urls_gives_the_golden_pictures(
             prompt[name] = f"{site.file(f'/{name}.png', decode_base64(prompt[name]))}?sig={SECRET}"
     request["prompts"] = [{"seed": FIRST_SEED, **request["prompts"][0]}] * 2
     store = DirectoryStore(tmp_path / "outputs")
-    # As `lora-serve render` does it: what keeps nothing needs no SECRET_KEY.
+    # Like `lora-serve render`: without stored jobs there is no need for a SECRET_KEY.
     spec = admit(InferenceRequest.model_validate(request), settings, store, kept=False)
     assert spec.prompts[0].controls[0].startswith("http://")
     loras, controls = open_sources(settings, store)

@@ -1,4 +1,4 @@
-"""How long jobs wait for a warm replica: learned, bounded, not swayed by one slow load."""
+"""How long jobs wait for a warm replica: learned, bounded, and robust against one slow load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRAs of jobs to come: brought beside what runs, for that job alone, and nothing told before its time."""
+"""Prefetching: LoRAs of coming jobs are downloaded during a run, for one job each. Errors go to that job."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PROMPT = PromptSpec(prompt="a road", neg="", width=64, height=64, steps=2, guida
 
 
 class Bench:
-    """A prefetcher between a real queue and a real site, and what it said."""
+    """A prefetcher with a real queue and a real web server; records what it prepared."""
 
     def __init__(self, folder: Path, site: Site) -> None:
         self.site = site
@@ -85,7 +85,7 @@ class Bench:
         return arrival
 
     def slow(self, path: str) -> str:
-        """Return the URL of a file that comes when the gate opens."""
+        """Return the URL of a file that is sent when the gate opens."""
 
         def page(request: BaseHTTPRequestHandler) -> None:
             self.gate.wait(30)
@@ -114,14 +114,14 @@ def test_what_is_on_the_node_is_taken_at_once(bench: Bench) -> None:
     here = bench.job("x.safetensors")
     assert bench.offer(here) is Answer.TAKE
     assert bench.offer(bench.job()) is Answer.TAKE
-    assert bench.offer(bench.job("../x.safetensors")) is Answer.TAKE, "its fault is told to the job itself"
+    assert bench.offer(bench.job("../x.safetensors")) is Answer.TAKE, "the job itself gets the error"
     assert bench.prefetcher.take(here) is None
     assert bench.prefetcher.held == frozenset()
 
 
 def test_what_cannot_be_looked_at_is_claimed_to_fail(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     job = bench.job("x.safetensors")
-    assert bench.offer(replace(job, spec={**job.spec, "prompts": 5})) is Answer.TAKE, "of another version"
+    assert bench.offer(replace(job, spec={**job.spec, "prompts": 5})) is Answer.TAKE, "another version's spec"
 
     def sick(_lora: LoraSpec) -> bool:
         raise OSError(errno.EIO, "Input/output error")
@@ -154,7 +154,7 @@ def test_one_that_names_a_hash_which_the_node_has_is_taken_at_once(bench: Bench)
     sha256 = opened(bench.brought(job), first).sha256
     elsewhere = bench.site.url("/gone.safetensors")
     assert bench.offer(bench.job(LoraSpec(path=parse(elsewhere), sha256=sha256))) is Answer.TAKE
-    assert bench.offer(bench.job(first)) is Answer.BRING, "another job has to ask with its own rights"
+    assert bench.offer(bench.job(first)) is Answer.BRING, "another job needs its own credentials"
 
 
 def test_a_failure_is_kept_for_its_job(bench: Bench) -> None:
@@ -219,17 +219,17 @@ def test_what_nobody_takes_makes_room_and_grows_old(bench: Bench, monkeypatch: p
         wait_until(lambda job=job: bench.offer(job) is Answer.TAKE, 30, "the arrival")
     assert bench.prefetcher.held == {job.adapter for job in jobs[1:]}
     monkeypatch.setattr(prefetch, "FRESH_S", 0.0)
-    assert bench.offer(jobs[-1]) is Answer.BRING, "the origin is asked anew"
+    assert bench.offer(jobs[-1]) is Answer.BRING, "the origin is asked again"
 
 
 def test_the_next_job_s_lora_comes_while_one_renders(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefetch, "LOOK_S", 0.05)
     slow, local = bench.job(bench.slow("/slow.safetensors")), bench.job("x.safetensors")
     bench.prefetcher.start()
-    assert not bench.arrived.wait(0.5), "nothing runs: the claims see to it"
+    assert not bench.arrived.wait(0.5), "nothing runs, so downloads are left to the claims"
     assert bench.prefetcher.held == frozenset()
     bench.prefetcher.rendering.set()
-    assert bench.arrived.wait(30), "what is slow holds up no other"
+    assert bench.arrived.wait(30), "a slow download does not block others"
     assert bench.brought(local).files
     assert bench.offer(slow) is Answer.BRING
     bench.gate.set()

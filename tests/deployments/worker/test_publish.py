@@ -1,4 +1,4 @@
-"""Publishing of videos: encoded while the lease is alive, stored from a file, stopped between two frames."""
+"""Publishing of videos: encoding under the lease, storing from a file, and stops between two frames."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FRAMES = np.zeros((9, 32, 48, 3), np.uint8)
 
 @dataclass
 class Desk:
-    """A publisher on a table and a directory of its own."""
+    """A publisher with its own job table and directory."""
 
     queue: JobQueue
     store: DirectoryStore
@@ -52,7 +52,7 @@ class Desk:
         return Run(claim)
 
     def publish(self, run: Run, frames: np.ndarray = FRAMES) -> Job:
-        """Publish one video and settle the job; return what became of it."""
+        """Publish one video, settle the job and return it."""
         self.publisher.publish(run, 0, Media(frames, fps=12), {"model": "wan21_1b"})
         self.publisher.settle(run, {"inference_time": 1.0}).result()
         job = self.queue.get(run.claim.job.id)
@@ -88,7 +88,7 @@ def test_a_video_is_stored_and_recorded(desk: Desk, format: OutputFormat) -> Non
 
 
 class Frames(np.ndarray):
-    """Frames that call a function when one is taken for encoding."""
+    """Frames that call `taken` when one is read for encoding."""
 
     taken: Callable[[int], None]
 
@@ -138,7 +138,7 @@ def test_movement_is_noted_in_any_phase(desk: Desk) -> None:
 
 def test_what_cannot_be_encoded_is_tried_again(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publish, "RETRY_DELAY_S", 60.0)
-    # H.264 in 4:2:0 has no odd sides.
+    # H.264 in 4:2:0 does not allow odd sides.
     job = desk.publish(desk.claimed("mp4"), np.zeros((2, 31, 48, 3), np.uint8))
     assert (job.state, job.attempts) == (JobState.IN_QUEUE, 1)
     assert desk.queue.outputs(job.id) == []

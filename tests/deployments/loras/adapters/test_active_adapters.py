@@ -46,7 +46,7 @@ def pair(stem: str = LAYER, rank: int = 2, size: int = 32) -> dict[str, torch.Te
 
 
 def weights_of(studio: Studio) -> str:
-    """A digest of every parameter and buffer of the pipeline, by name."""
+    """Return a digest of every parameter and buffer of the pipeline, with names."""
     digest = hashlib.sha256()
     for component, model in studio.engine._pipeline.components.items():
         if isinstance(model, torch.nn.Module):
@@ -57,7 +57,7 @@ def weights_of(studio: Studio) -> str:
 
 def test_the_least_recently_used_adapter_goes(new_studio: Get, files: list[LoraFile]) -> None:
     a, b, c = files
-    # In memory the weights have the model's float32, whatever the file has.
+    # In memory, weights have the model's float32, whatever the file's dtype.
     size = sum(4 * tensor.numel() for tensor in load_file(a.path).values())
     engine = new_studio("flux", adapter_bytes=2 * size).engine
     engine.use([(a, 1.0)])
@@ -164,7 +164,7 @@ def test_some_modules_without_a_layer_are_a_warning(new_studio: Get, tmp_path: P
 
 
 def broken(**changed: Any) -> dict[str, torch.Tensor]:
-    """A sound pair with other tensors under some suffixes; none takes a suffix away."""
+    """Return a valid pair with some tensors replaced by suffix; None removes a tensor."""
     tensors = pair() | {
         f"{LAYER}.{suffix.replace('_weight', '.weight')}": value for suffix, value in changed.items()
     }
@@ -249,7 +249,7 @@ def check_refused(used: Studio, active: LoraFile, refused: LoraFile, code: Failu
 
 @pytest.mark.parametrize("model", ["flux", "sdxl", "flux2_klein_4b"])
 def test_base_weights_survive_any_sequence_of_switches(new_studio: Get, tmp_path: Path, model: str) -> None:
-    """Across dialects, ranks, LoKr and multipliers, alone and together, with refused files in between."""
+    """Random dialects, ranks, LoKr and multipliers, one or two at a time, with refused files in between."""
     studio = new_studio(model, adapter_bytes=BUDGET, host_adapter_bytes=0)
     weights, plain, held = weights_of(studio), studio.picture(), held_bytes()
     modules = [[name for name, _ in part.named_modules()] for part in models_of(studio)]
@@ -273,7 +273,7 @@ def test_base_weights_survive_any_sequence_of_switches(new_studio: Get, tmp_path
         if choice.random() < 0.02:
             studio.picture()
         if turn % 50 == 49:
-            in_use = sum(2 * file.bytes for file, _ in chosen)  # Of float16 in the file, float32 here.
+            in_use = sum(2 * file.bytes for file, _ in chosen)  # float16 in the file, float32 here.
             assert held_bytes() <= held + BUDGET + in_use + SLACK
     studio.engine.use([])
     assert np.array_equal(studio.picture(), plain)
@@ -289,7 +289,7 @@ BUDGET, SLACK = 200_000, 2_000
 
 
 def held_bytes() -> int:
-    """Bytes of all tensors that are alive."""
+    """Return the bytes of all live tensors."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
     storages = [tensor.untyped_storage() for tensor in tensors]
@@ -328,7 +328,7 @@ OTHER_DIALECTS = {
 
 
 def test_a_load_leaves_the_models_where_they_are(new_studio: Get) -> None:
-    """As sequential offload places them: weights nowhere, but while their layer runs."""
+    """With sequential offload, weights are on the device only while their layer runs."""
     studio = new_studio("flux")
     loras = {studio.names[0]: 1.0}
     plain, adapted = studio.render({}), studio.render(loras)
@@ -387,7 +387,7 @@ def models_of(studio: Studio) -> list[torch.nn.Module]:
 
 
 def small_copy(file: LoraFile, rank: int) -> dict[str, torch.Tensor]:
-    """The tensors of a file with another rank: rows of the down and columns of the up matrices repeated."""
+    """Return a file's tensors at another rank: rows of the down and columns of the up matrices repeated."""
     tensors = load_file(file.path)
     for name, tensor in tensors.items():
         if name.endswith((".lora_A.weight", ".lora_down.weight")):

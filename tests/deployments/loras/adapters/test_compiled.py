@@ -1,4 +1,4 @@
-"""LoRAs on compiled blocks: the numbers of the uncompiled ones, and nothing is compiled twice."""
+"""LoRAs on compiled blocks: same results as uncompiled blocks, and no recompilation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def noise(*shape: int) -> torch.Tensor:
 
 
 class Flux:
-    """The tiny FLUX.1's transformer, compiled or not; always the same weights."""
+    """The tiny FLUX.1's transformer with fixed weights, compiled or not."""
 
     def __init__(self, *, compiled: bool) -> None:
         stated = json.loads((TINY_FLUX / "transformer" / "config.json").read_text())
@@ -43,7 +43,7 @@ class Flux:
         pipeline = SimpleNamespace(components={"transformer": self._model})
         layers = layers_of(pipeline)
         host = HostTier(Converter(layers, pinned=False), 1 << 30)
-        # What another backend makes of the graphs is its own; this one finds the same graphs, in less time.
+        # The eager backend captures the same graphs as any other backend, in less time.
         blocks = Compiled(pipeline, layers, backend="eager") if compiled else None
         self._adapters = Adapters(layers, host, CPU, 1 << 30, compiled=blocks)
 
@@ -97,7 +97,7 @@ def test_no_switch_compiles_anything_again(
     plain, compiled = Flux(compiled=False), Flux(compiled=True)
     compiled.run([])
     graphs = counters["stats"]["unique_graphs"]
-    assert 0 < graphs <= 4  # Of two kinds of blocks, each seen with two kinds of inputs, not of eight blocks.
+    assert 0 < graphs <= 4  # Two kinds of blocks with two kinds of inputs each, not eight blocks.
     monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     low, higher, outside = files["low"], files["higher"], files["outside"]
     differences = []

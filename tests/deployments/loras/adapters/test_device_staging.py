@@ -1,4 +1,4 @@
-"""Copies to a GPU beside what it computes: the same bytes, within the room, gone unless taken."""
+"""Copies to a GPU while it computes: the same bytes, within the memory bound, freed unless taken."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_copy_needs_room_and_goes_with_its_block() -> None:
         assert staging.take(KEY) is None
     other, room = ("b" * 64, None), packed.bytes
     with staging.hold(KEY, packed, room), staging.hold(other, packed, room):
-        assert staging.take(other) is None, "the first copy has the room"
+        assert staging.take(other) is None, "the first copy uses the memory bound"
     assert staging.take(KEY) is None
     with staging.hold(KEY, packed, room=packed.bytes):
         staging.clear()

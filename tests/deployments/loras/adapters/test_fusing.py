@@ -1,4 +1,4 @@
-"""Fused LoRAs: when they are, that they give the same pictures, and that pristine weights come back."""
+"""Fused LoRAs: when they are fused, that pictures stay the same, and that the base weights are restored."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_products_in_the_dtype_of_the_file() -> None:
     layer, x = torch.nn.Linear(6, 4, bias=False), noise(5, 6)
     delta = LowRank(noise(3, 6), noise(4, 3), 1.0, torch.bfloat16)
     rounded = delta.weight(0.7, in_file_dtype=True)
-    # What the reference server adds to a weight: `scale * (B @ A)`, rounded twice.
+    # The reference server adds `scale * (B @ A)` to a weight, rounded twice.
     assert torch.equal(rounded, (0.7 * (delta.up.bfloat16() @ delta.down.bfloat16())).float())
     assert torch.equal(delta(layer, x, 0.7, in_file_dtype=True), x @ rounded.T)
     assert not torch.equal(rounded, delta.weight(0.7))
@@ -97,7 +97,7 @@ def test_fused_loras_are_dropped_with_the_others(new_studio: Get, files: list[Lo
 
 
 def test_a_fusion_that_fails_leaves_the_weights(new_studio: Get, tmp_path: Path) -> None:
-    """In the middle: the second of two layers has weights of a shape that nothing adds to."""
+    """It fails half-way: the weights of the second of two layers have a shape that does not fit."""
     studio = new_studio("flux", fuse_after=1)
     save_file(
         {

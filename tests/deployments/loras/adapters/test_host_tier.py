@@ -1,4 +1,4 @@
-"""The host tier and its way to the device: budgets, what is in use, several threads, counts."""
+"""The host tier and transfers to the device: budgets, adapters in use, threads and counters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from deployments.loras.sources.lora_root import open_lora
 
 SIZE = 8
 BYTES = 2 * 4 * 2 * SIZE
-"""Of one adapter of rank 2 for one layer, in float32."""
+"""Bytes of one adapter of rank 2 for one layer, in float32."""
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def made(folder: Path, name: str, value: float) -> LoraFile:
 
 
 class Counted:
-    """A converter that tells how often it ran, and waits where it is told to."""
+    """A converter that records its runs and waits until `go` is set."""
 
     def __init__(self, convert: Callable[[LoraFile], Packed]) -> None:
         self.convert = convert
@@ -108,7 +108,7 @@ def test_of_several_threads_one_converts(files: list[LoraFile], convert: Counted
 
     with ThreadPoolExecutor(6) as threads:
         used = [threads.submit(use, file) for file in (a, a, a, b, b)]
-        while len(convert.runs) < 2:  # Both at once: one adapter does not wait for another.
+        while len(convert.runs) < 2:  # Both run at once: one adapter does not wait for another.
             threading.Event().wait(0.01)
         convert.go.set()
         assert len({each.result() for each in used}) == 2

@@ -1,4 +1,4 @@
-"""Adapters in one buffer: values, dtypes, alignment, and that a copy shares nothing."""
+"""Adapters packed into one buffer: values, dtypes, alignment, and that a copy shares no memory."""
 
 from __future__ import annotations
 

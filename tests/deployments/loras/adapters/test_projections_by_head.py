@@ -1,4 +1,4 @@
-"""Projections that are written head by head, against diffusers' own reading of them."""
+"""Projections that are stored head by head, compared with diffusers' own loader."""
 
 from __future__ import annotations
 

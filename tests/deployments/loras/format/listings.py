@@ -1,6 +1,6 @@
-"""Files as their makers write them: names and shapes, no weights.
+"""Listings of LoRA files as their makers write them: names and shapes, no weights.
 
-Sizes are those of the real models; `{N}` in a name stands for each number below N.
+Sizes are those of the real models. `{N}` in a name stands for each number below N.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ RANK = 8
 
 @dataclass(frozen=True)
 class Listing:
-    """A file: its modules with the shapes of the weights they change, and what has to be found.
+    """A file: its modules with the shapes of the weights they change, and the expected findings.
 
     `form` is how one module is written: the two matrices' suffixes, with or without alpha, or LoKr's factors.
-    `models` are the ids that it fits as a whole.
+    `models` are the ids that it fits completely.
     """
 
     dialect: Dialect
@@ -37,7 +37,7 @@ class Listing:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def header(self) -> Header:
-        """Return the header that a file of these modules has."""
+        """Return the header of a file with these modules."""
         tensors: dict[str, Shape] = {}
         for stem, shape in self.modules.items():
             tensors |= {f"{stem}{suffix}": part for suffix, part in FORMS[self.form](shape).items()}
@@ -73,7 +73,7 @@ FORMS: Mapping[str, Form] = {
 
 
 def expand(modules: Mapping[str, Shape], prefix: str = "") -> Modules:
-    """Put each number below N in the place of `{N}`."""
+    """Expand each `{N}` into the numbers below N."""
     return {f"{prefix}{name}": shape for pattern, shape in modules.items() for name in _names(pattern)}
 
 
@@ -86,7 +86,7 @@ def _names(pattern: str) -> Iterator[str]:
 
 
 def flat(modules: Modules, prefix: str) -> Modules:
-    """Write dots as underscores, as kohya's files do."""
+    """Replace dots by underscores, as kohya's files do."""
     return {prefix + name.replace(".", "_"): shape for name, shape in modules.items()}
 
 
@@ -118,7 +118,7 @@ def original(double: int, single: int, h: int, mlp_out: int, mlp_in: int) -> Mod
 
 
 def flux_original(double: int = 19) -> Modules:
-    """FLUX.1's blocks by their original names, with the modulations that Chroma has not."""
+    """FLUX.1's blocks by their original names, with the modulations, which Chroma lacks."""
     h = 3072
     return original(double, 38, h, 4, 4) | expand(
         {
@@ -130,7 +130,7 @@ def flux_original(double: int = 19) -> Modules:
 
 
 def clip(layers: int, width: int) -> Modules:
-    """CLIP's text model, with the level that transformers 5 dropped."""
+    """CLIP's text model, with the `text_model` level that transformers 5 dropped."""
     attention = {f"self_attn.{name}": (width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
     layer = attention | {"mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
     return expand({f"text_model.encoder.layers.{{{layers}}}.{name}": shape for name, shape in layer.items()})
@@ -244,7 +244,7 @@ def sd15_convolutions() -> Modules:
 
 
 def sdxl() -> Modules:
-    """By diffusers' names, as the trainer writes them."""
+    """SDXL by diffusers' names, as the trainer writes them."""
     modules: Modules = attention("mid_block.attentions.0", 1280, 10, 2048)
     for level, h, depth in ((1, 640, 2), (2, 1280, 10)):
         for index in range(2):
@@ -255,7 +255,7 @@ def sdxl() -> Modules:
 
 
 def sdxl_original() -> Modules:
-    """By the original names, as sd-scripts writes them, with some convolutions as LyCORIS has them."""
+    """SDXL by the original names, as sd-scripts writes them, with some convolutions as LyCORIS has them."""
     modules: Modules = attention("middle_block.1", 1280, 10, 2048)
     for row, h, depth in ((4, 640, 2), (5, 640, 2), (7, 1280, 10), (8, 1280, 10)):
         modules |= attention(f"input_blocks.{row}.1", h, depth, 2048)
@@ -277,7 +277,7 @@ def sdxl_original() -> Modules:
 
 
 def ltx2(*, gated: bool) -> Modules:
-    """As the trainer writes it: the blocks of LTX-2, or of LTX-2.3, whose attentions are gated."""
+    """The blocks of LTX-2, or of LTX-2.3 with its gated attentions, as the trainer writes them."""
     modules: Modules = {}
     for name, out, inner, context in (
         ("attn1", 4096, 4096, 4096),
@@ -303,11 +303,11 @@ LTX_2_AROUND: Modules = {
     "prompt_adaln_single.emb.timestep_embedder.linear_2": (4096, 4096),
     "av_ca_a2v_gate_adaln_single.linear": (4096, 4096),
 }
-"""Of LTX-2.3, by the original names."""
+"""Layers of LTX-2.3, by the original names."""
 
 
 def minimax_h3(adaln_inputs: int) -> Modules:
-    """As the trainer writes it; of the pruned base, whose AdaLN has 8 inputs, or of the whole one."""
+    """MiniMax-H3 as the trainer writes it, for the pruned base, whose AdaLN has 8 inputs, or the full one."""
     block: Modules = {
         "attn.qkv_proj": (3 * 7168, 5376),
         "attn.out_proj": (5376, 7168),
@@ -453,7 +453,7 @@ LISTINGS: Mapping[str, Listing] = {
         ("sdxl",),
     ),
 }
-"""By maker. Where several models have the same layers, the names of a file cannot tell which it is for."""
+"""By maker. If several models have the same layers, the names in a file cannot identify the model."""
 
 COUNTS = {
     "flux, trainer": 494,
@@ -466,11 +466,11 @@ COUNTS = {
     "sd15, peft": 192,
     "sdxl, trainer": 722,
 }
-"""How many modules such files are known to have."""
+"""The known number of modules in such files."""
 
 
 def bytes_of(header: Header) -> bytes:
-    """Return the start of a safetensors file of this header: all of it but the weights."""
+    """Return a safetensors file of this header without the weights."""
     entries: dict[str, object] = {"__metadata__": dict(header.metadata)} if header.metadata else {}
     position = 0
     for name, tensor in header.tensors.items():

@@ -1,4 +1,4 @@
-"""Files by their names alone: none of these has weights."""
+"""Dialects of LoRA files, detected from tensor names alone: these files have no weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files by their header alone: every module of every maker's files is found, on the right models."""
+"""Inspection from the header alone: every module of every maker's files matches the right models."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_file_that_fits_no_model_whole_is_for_those_that_most_of_it_fits() -> 
     assert fits["flux"].fit is Fit.PART
     assert (fits["flux"].matched, fits["flux"].unmatched) == (494, 1)
     assert fits["flux"].examples == ["'transformer.nothing'"]
-    # Eleven blocks less, of fourteen modules.
+    # Eleven blocks fewer, with fourteen modules each.
     assert (fits["flex1"].fit, fits["flex1"].unmatched) == (Fit.PART, 155)
     assert found.dtypes == {"BF16": 988, "F16": 2}
 
@@ -64,7 +64,7 @@ def test_layers_of_other_sizes_are_misfits() -> None:
     others = {entry.model: entry for entry in found.models}
     assert others["flux2_klein_9b"].fit is Fit.NONE
     assert others["flux2_klein_9b"].misfits == found.modules
-    # Attention has FLUX.1's size, the gated MLPs have not.
+    # Attention has FLUX.1's size; the gated MLPs do not.
     assert (others["flux"].fit, others["flux"].matched, others["flux"].misfits) == (Fit.NONE, 20, 60)
 
 

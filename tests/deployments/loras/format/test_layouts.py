@@ -1,4 +1,4 @@
-"""The committed layers of the real models are those that diffusers and transformers build."""
+"""The committed layer lists match the models that diffusers and transformers build."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from deployments.loras.format.layouts import layouts
 
 
 def test_the_file_is_current() -> None:
-    """`deployments.loras.adapters.architectures` says how to write it anew."""
+    """`deployments.loras.adapters.architectures` says how to regenerate the file."""
     committed = files("deployments.loras.format").joinpath("layouts.json")
     assert committed.read_text(encoding="utf-8") == render()
 

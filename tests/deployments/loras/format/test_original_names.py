@@ -1,4 +1,4 @@
-"""Files in a model's original naming give the picture of the same weights in diffusers' naming."""
+"""Files in a model's original naming give the same picture as the same weights in diffusers' naming."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pictures_are_equal(
 
 
 def original_unet(name: str) -> str:
-    """Rename a block of the tiny SDXL (one layer per block) to its original name, as sd-scripts has it."""
+    """Rename a block of the tiny SDXL (one layer per block) to its original name, as sd-scripts writes it."""
     name = re.sub(
         r"down_blocks_(\d)_attentions_(\d)", lambda m: f"input_blocks_{2 * int(m[1]) + int(m[2]) + 1}_1", name
     )
@@ -102,7 +102,7 @@ LINEAR1 = (
 def test_lokr_over_a_fused_projection(
     studio: Get, tmp_path: Path, model: str, fused: tuple[str, tuple[str, ...], str, int], prefix: str
 ) -> None:
-    """The factors' blocks do not end where the layers do: 24 or 56 rows of w2, layers of 32."""
+    """The factors' blocks do not align with the layers: w2 has 24 or 56 rows, a layer has 32."""
     parent, names, stem, outputs = fused
     if prefix == "lycoris_":
         stem = stem.replace(".", "_")
@@ -115,12 +115,12 @@ def test_lokr_over_a_fused_projection(
     for name, rows in zip(names, torch.kron(w1, w2).split([32, 32, 32, 128][: len(names)]), strict=True):
         ours[f"transformer.{parent}{name}.lora_A.weight"] = rows
         ours[f"transformer.{parent}{name}.lora_B.weight"] = torch.eye(rows.shape[0])
-    # More rank than the layer has inputs is of no use, but it is exact.
+    # A rank above the layer's inputs is useless, but exact.
     pictures_are_equal(studio(model), tmp_path, ours, original)
 
 
 def test_kohya_flux_beyond_its_blocks(studio: Get, tmp_path: Path) -> None:
-    """The layers around the blocks; the last one's halves are swapped in diffusers."""
+    """The layers around the blocks; diffusers swaps the halves of the last one."""
     generator = torch.Generator().manual_seed(0)
 
     def pair(inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,7 +141,7 @@ def test_kohya_flux_beyond_its_blocks(studio: Get, tmp_path: Path) -> None:
 
 
 def test_the_layer_that_guides_chroma(studio: Get, tmp_path: Path) -> None:
-    """A LoRA of all layers has that one's as well."""
+    """A LoRA of all layers includes the guidance layer."""
     used, generator = studio("chroma"), torch.Generator().manual_seed(0)
     ours, original = {}, {}
     for path, name in (("linear_1", "in_layer"), ("linear_2", "out_layer")):
@@ -158,7 +158,7 @@ def test_the_layer_that_guides_chroma(studio: Get, tmp_path: Path) -> None:
 
 
 def test_lokr_of_shift_and_scale(studio: Get, tmp_path: Path) -> None:
-    """The last layer's halves of outputs are swapped in diffusers; a LoKr of it is swapped by its rows."""
+    """diffusers swaps the last layer's output halves, so the rows of a LoKr are swapped."""
     generator = torch.Generator().manual_seed(0)
     w1, w2 = torch.randn(4, 4, generator=generator), torch.randn(16, 8, generator=generator)
     stem = "diffusion_model.final_layer.adaLN_modulation.1"
@@ -218,7 +218,7 @@ def test_wan_by_its_original_names() -> None:
 
 
 def test_minimax_h3_by_its_original_names(studio: Get, tmp_path: Path) -> None:
-    """One matrix makes query, key and value; gate and value are the other way round."""
+    """One matrix makes query, key and value; gate and value are in reverse order."""
     used = studio("minimax_h3")
     trainers = {
         name: tensor
@@ -260,7 +260,7 @@ def test_a_plain_alpha_in_the_metadata_counts_for_minimax_h3_alone(studio: Get, 
 
 
 def test_adaln_of_minimax_h3_has_no_effect_and_no_warning(studio: Get, tmp_path: Path) -> None:
-    """Whatever its inputs are: files that were trained on the pruned model have 8."""
+    """This holds for any number of inputs: files that were trained on the pruned model have 8."""
     used = studio("minimax_h3")
     whole = load_file(used.loras / used.names[0])
     assert any("adaln_proj" in name for name in whole)

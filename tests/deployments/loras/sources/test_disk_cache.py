@@ -1,4 +1,4 @@
-"""The store of a node: what is visible, what is evicted, and what several processes do to it."""
+"""The LoRA store of a node: visibility, eviction, and use by several processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deployments.loras.sources.disk_cache import Lease, LoraStore
 
 
 def nothing() -> None:
-    """Nobody waits."""
+    """A callback for waits that does nothing."""
 
 
 def add(store: LoraStore, data: bytes, reference: str = "r") -> Lease:
@@ -62,7 +62,7 @@ def test_the_least_recently_used_goes_first_and_never_what_is_in_use(tmp_path: P
     hashes = {name: lease.lora.sha256 for name, lease in leases.items()}
     for lease in leases.values():
         lease.close()
-    found = store.find(hashes["a"])  # Now b is the one used longest ago.
+    found = store.find(hashes["a"])  # Now b is the least recently used.
     assert found is not None
     found.close()
     c = add(store, b"c" * 10, "c")
@@ -189,6 +189,6 @@ def test_a_killed_download_leaves_nothing(
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert store.recall("r") is None
-    lease = add(store, b"whole", "r")  # Its lock is free, too.
+    lease = add(store, b"whole", "r")  # The dead process's lock is free, too.
     assert lease.lora.path.read_bytes() == b"whole"
     assert list((tmp_path / "incoming").iterdir()) == []

@@ -133,7 +133,7 @@ def note_opened(event: str, arguments: tuple[object, ...]) -> None:
 
 
 def test_an_unchanged_file_is_read_once(root: Path) -> None:
-    sys.addaudithook(note_opened)  # For the life of the process: hooks cannot be removed.
+    sys.addaudithook(note_opened)  # This stays for the life of the process: audit hooks cannot be removed.
     path = str(root / "a.safetensors")
     first = open_lora(root, "a.safetensors")
     assert opened.count(path) == 1

@@ -1,4 +1,4 @@
-"""LoRAs from real servers: web, hub and S3, with what can be wrong about each."""
+"""LoRAs from real servers (web, hub and S3), and what can go wrong with each."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def failure(loras: Loras, path: str, **options: Any) -> FailureCode:
 
 
 def kept(folder: Path) -> set[str]:
-    """Names of everything that lies in the store, partial downloads included."""
+    """Return the names of all files in the store, partial downloads included."""
     return {path.stem for name in ("files", "incoming") for path in (folder / "cache" / name).glob("*")}
 
 
@@ -102,7 +102,7 @@ def test_an_unchanged_file_is_downloaded_once_and_a_changed_one_anew(
     disk, origin = loras._store.meter, loras._origin
     assert (disk.hits, disk.misses) == (1, 2)
     assert origin.read_bytes == len(lora(1)) + len(lora(2)) and origin.read_seconds > 0
-    # Another query may name another file: its version says nothing of this one.
+    # Another query may name another file, so the stored version does not apply.
     opened(loras, f"{url}?sig=other")
     assert "If-None-Match" not in site.requests[-1][2]
     assert kept(tmp_path) == {sha256(lora(1)), sha256(lora(2))}
@@ -113,7 +113,7 @@ def test_an_unchanged_file_is_downloaded_once_and_a_changed_one_anew(
 def test_a_file_that_is_gone_from_the_store_is_fetched_again(
     site: Site, loras: Loras, tmp_path: Path
 ) -> None:
-    """By hand, or by a power loss between the file and what is noted of it."""
+    """It was deleted by hand, or lost in a power failure before it reached the disk."""
     url = site.file("/a", lora(1))
     opened(loras, url).path.unlink()
     assert opened(loras, url).bytes == len(lora(1))
@@ -127,7 +127,7 @@ def test_a_url_that_is_presigned_anew_is_the_same_file(site: Site, loras: Loras)
     signed = "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Expires=60&versionId=3&X-Amz-Signature="
     first = opened(loras, f"{url}?{signed}{SECRET}")
     assert opened(loras, f"{url}?{signed}other") == first
-    assert site.requests[-1][1].endswith("Signature=other"), "asked with its own rights"
+    assert site.requests[-1][1].endswith("Signature=other"), "the origin checks this URL's own signature"
     assert "If-None-Match" in site.requests[-1][2]
     opened(loras, f"{url}?{signed.replace('=3', '=4')}other")
     assert "If-None-Match" not in site.requests[-1][2]
@@ -174,7 +174,7 @@ def test_what_is_no_lora_never_enters_the_store(site: Site, loras: Loras, tmp_pa
 
 
 def test_a_header_of_60_bytes_is_no_page(site: Site, loras: Loras) -> None:
-    """Its length makes the first byte of the file a `<`."""
+    """A header of that length makes the first byte of the file a `<`, like an HTML page."""
     text = b'{"a.lora_A.weight":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
     data = (0x3C).to_bytes(8, "little") + text
     site.file("/a", data)
@@ -273,7 +273,7 @@ def test_of_several_processes_one_downloads(site: Site, tmp_path: Path) -> None:
 
 
 class Hub:
-    """The hub's answers for one file: a large one is elsewhere and has its sha256 as ETag."""
+    """The hub's replies for one file: a large one is on the CDN and has its sha256 as ETag."""
 
     def __init__(self, site: Site, cdn: Site, data: bytes, large: bool = True) -> None:
         self.site, self.cdn, self.data, self.large = site, cdn, data, large
@@ -319,7 +319,7 @@ def test_files_of_the_hub_are_fetched_by_their_version(hub: Hub, loras: Loras) -
     downloaded = gets()
     assert opened(loras, link) == first
     assert gets() == downloaded, "fetched again"
-    assert hub.site.count("/org/repo/resolve/c1/a%20b.safetensors") >= 1, "not by its commit"
+    assert hub.site.count("/org/repo/resolve/c1/a%20b.safetensors") >= 1, "it was not fetched by its commit"
     hub.data, hub.commit = lora(2), "c2"
     assert opened(loras, reference).sha256 == sha256(lora(2))
     opened(loras, "hf://org/repo/a b.safetensors@refs/pr/1")
@@ -335,7 +335,7 @@ def test_gated_files_need_a_token_each_time(
     assert failure(loras, reference) is FailureCode.LORA_ACCESS_DENIED
     monkeypatch.setenv("HF_TOKEN", SECRET)
     assert failure(loras, reference) is FailureCode.LORA_ACCESS_DENIED, (
-        "the server's token is not the clients'"
+        "clients cannot use the server's token"
     )
     lending = open_loras(hub.site, tmp_path, server_token=True)
     opened(lending, reference)
@@ -351,7 +351,7 @@ def test_a_hash_of_the_hub_is_believed_before_and_checked_after(site: Site, cdn:
     assert cdn.requests == []
     cdn.pages["/file"] = lambda request: answer(request, 200, lora(9))
     assert failure(loras, reference) is FailureCode.LORA_UNREACHABLE
-    # What is here already under another name is not fetched at all.
+    # A file that is already here under another name is not downloaded.
     opened(loras, site.file("/elsewhere", lora(1)))
     assert opened(loras, reference).sha256 == sha256(lora(1))
     assert len(cdn.requests) == 1

@@ -1,4 +1,4 @@
-"""Adapters whose preparation ended a process are not prepared ahead again, by no process of the node."""
+"""An adapter whose preload crashed a process is not preloaded again by any process of the node."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ with Suspects(Path(sys.argv[1])).trying(sys.argv[2]):
 
 
 def die(folder: Path) -> None:
-    """End a process while it prepares."""
+    """Kill a process while it preloads."""
     ended = subprocess.run([sys.executable, "-c", END, folder, SHA256], check=False)
     assert ended.returncode == -signal.SIGKILL
 
@@ -40,7 +40,7 @@ def test_what_ended_a_process_is_left_alone_for_a_day(tmp_path: Path) -> None:
     folder = tmp_path / "suspects"
     assert may_try(folder)
     die(folder)
-    assert not may_try(folder) and not may_try(folder), "looking takes no note away"
+    assert not may_try(folder) and not may_try(folder), "a check leaves the note in place"
     assert may_try(folder, "b" * 64)
     (note,) = folder.iterdir()
     yesterday = time.time() - KEPT_S - 1
