@@ -1,6 +1,6 @@
-"""Fixtures for every test folder. Nothing here needs a network: the hub is switched off.
+"""Fixtures for every test folder. None needs a network: the Hugging Face hub is switched off.
 
-What they import is heavy, so they import it when they are used.
+The fixtures import heavy modules only when they are used.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from tests.support.s3 import Proxy, S3Server
     from tests.support.studio import Studio
 
-# How long an example takes says more of the machine than of the code.
+# The time of an example depends more on the machine than on the code.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Tiny tensors: of several threads in each of several processes most would wait for one another.
+# The tensors are tiny: more threads in each of several processes would only wait for one another.
 os.environ["OMP_NUM_THREADS"] = "1"
 for secret in ("API_KEYS", "API_KEYS_FILE", "SECRET_KEY", "WEBHOOK_SECRET"):
     os.environ.pop(secret, None)
@@ -31,7 +31,7 @@ for secret in ("API_KEYS", "API_KEYS_FILE", "SECRET_KEY", "WEBHOOK_SECRET"):
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of `org--name` folders: tiny checkpoints of every repository that the parity cases load."""
+    """A directory of `org--name` folders: tiny checkpoints of all repositories that the parity cases load."""
     from tests.parity.cases import write_mirror
 
     mirror = tmp_path_factory.mktemp("checkpoints")
@@ -41,7 +41,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def new_studio(checkpoints: Path) -> Callable[..., Studio]:
-    """Make a studio with an engine of its own for a model id."""
+    """Return a factory of studios: model id to a studio with its own engine."""
     from deployments.catalog import CATALOG
     from deployments.engine.checkpoints import Checkpoints
     from deployments.engine.engine import Engine
@@ -57,7 +57,7 @@ def new_studio(checkpoints: Path) -> Callable[..., Studio]:
 
 @pytest.fixture(scope="session")
 def studio(new_studio: Callable[..., Studio]) -> Callable[[str], Studio]:
-    """Return the one warm studio of a model id, as a worker would hold it."""
+    """Return a function from a model id to its one shared, warm studio, as a worker would hold it."""
     made: dict[str, Studio] = {}
 
     def get(model: str) -> Studio:
@@ -79,7 +79,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture
 def s3_url(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL of a store of the test's own; the environment leads to its server, with keys that it takes."""
+    """The URL of the test's own store. The environment names its server and holds valid keys."""
     from tests.support.s3 import BUCKET
 
     for name, value in s3_server.environment.items():
@@ -89,7 +89,7 @@ def s3_url(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def s3_proxy(s3_server: S3Server, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """Stands between the server and the S3 stores that the test makes."""
+    """A proxy between the server and the S3 stores that the test makes."""
     from tests.support.s3 import Proxy
 
     proxy = Proxy(s3_server.url)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
 _IGNORE = "RAY_IGNORE_VERSION_MISMATCH"
+
+_RETRY_WAITS_S = 1.0, 3.0
 
 T = TypeVar("T")
 
@@ -93,7 +96,7 @@ def _connect_ray(address: str | None) -> None:
     # We compare the versions ourselves, because our error says what to install.
     os.environ[_IGNORE] = "1"
     try:
-        context: Any = ray.init(address)
+        context: Any = _init_with_retries(address)
     except ConnectionError as error:
         message = f"No Ray cluster answers at {address}: {error}"
         raise Unreachable("UNREACHABLE", message) from error
@@ -108,6 +111,22 @@ def _connect_ray(address: str | None) -> None:
         except LoraServeError:
             ray.shutdown()
             raise
+
+
+def _init_with_retries(address: str | None) -> object:
+    """Call `ray.init`, again if the head could not start the process that it starts for each Ray client.
+
+    Ray does not try this again itself: when that process dies while it starts, `ray.init` raises
+    `ConnectionAbortedError`.
+    """
+    import ray
+
+    for wait_s in _RETRY_WAITS_S:
+        try:
+            return ray.init(address)
+        except ConnectionAbortedError:
+            time.sleep(wait_s)
+    return ray.init(address)
 
 
 def check_versions(ray_version: str, python_version: str) -> None:

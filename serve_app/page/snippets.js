@@ -52,16 +52,16 @@ export function asPython({ body, images }) {
 export function showSnippet(title, text) {
   const area = byId("snippet");
   byId("snippet-title").textContent = title;
-  byId("snippet-told").textContent = "";
+  byId("snippet-status").textContent = "";
   area.value = text;
   byId("snippet-copy").onclick = async () => {
     try {
       await navigator.clipboard.writeText(text);
-      byId("snippet-told").textContent = "Copied.";
+      byId("snippet-status").textContent = "Copied.";
     } catch {
       // Browsers have no clipboard on pages without HTTPS.
       area.select();
-      byId("snippet-told").textContent = "The text is selected. Copy it with Ctrl+C or Cmd+C.";
+      byId("snippet-status").textContent = "The text is selected. Copy it with Ctrl+C or Cmd+C.";
     }
   };
   byId("snippet-dialog").showModal();

@@ -1,16 +1,16 @@
 """500 clients of the Python client on one service: `python -m tests.benchmarks.clients`.
 
-A process runs all clients: each submits its jobs one after another under idempotency keys of its own and
-long-polls every one to its end, against one gateway replica on SQLite behind HAProxy and one worker with tiny
-FLUX checkpoints. When half of the jobs have ended, the process is killed with SIGKILL and another takes over
-with nothing but the log of what was told so far. Beside that, plain sockets read statuses all the time. The
-last line is one JSON object:
+One process runs all clients. Each client submits its jobs one after another, with its own idempotency keys,
+and long-polls each job to its end. The service is one gateway replica on SQLite behind HAProxy and one worker
+with tiny FLUX checkpoints. When half of the jobs have ended, the process is killed with SIGKILL and another
+takes over with only the log of the replies received so far. Meanwhile, plain sockets read statuses all the
+time. The last line is one JSON object:
 
-- `lost`: ids that a client was told and the table does not have, and keys without a job that succeeded;
+- `lost`: ids that a client received but the table does not have, and keys without a job that succeeded;
 - `doubled`: jobs beyond one for each key;
 - `status_p50_ms`, `status_p99_ms`: of those plain status reads;
 - `submit_p99_ms`: of a client's submit, its retries included;
-- `told_p99_ms`: from the end of a job to the return of its client's `wait`, those left out that were waited
+- `told_p99_ms`: from the end of a job to the return of its client's `wait`, without the jobs that were waited
   for when the clients were killed;
 - `gateway_mb_early`, `gateway_mb_late`: resident memory of the gateway, medians of the second and the last
   fifth of the run.
@@ -46,20 +46,20 @@ from tests.support.service import edited_config, free_port, replica_pids, serve_
 
 CLIENTS = 500
 TOGETHER = 25
-"""Clients that share a pool of connections: what httpx does for a request grows with the pool."""
+"""Clients per connection pool: httpx needs more time per request with a larger pool."""
 
 JOBS_EACH = 2
 POLLERS = 2
 SLICE_S = 1.0
-"""How long statuses are read between two looks at log and memory."""
+"""Seconds of status reads between two checks of the log and the memory."""
 
 STALL_S = 300.0
-"""Longest time without a job that ends before the benchmark gives up."""
+"""The benchmark gives up after this many seconds without a job that ends."""
 
 
 @dataclass(frozen=True)
 class Submit:
-    """The id that a client got, how long that took, and when it came, in seconds since the epoch."""
+    """The id that a client got, the seconds that took, and its arrival in seconds since the epoch."""
 
     job_id: str
     took_s: float
@@ -68,21 +68,21 @@ class Submit:
 
 @dataclass
 class Log:
-    """What the clients were told, a line each, written through to the file: nothing of it dies with them."""
+    """The replies that the clients received, one per line, written at once so that a kill loses none."""
 
     file: Path
     submitted: dict[str, Submit] = field(default_factory=dict)
-    """By key, the first that was answered."""
+    """By key: the first submit that was answered."""
 
     ended: dict[str, float] = field(default_factory=dict)
-    """By id: when its client knew, in seconds since the epoch."""
+    """By id: when the client's `wait` returned, in seconds since the epoch."""
 
     def write(self, *words: object) -> None:
         with self.file.open("a") as file:
             file.write(" ".join(map(str, words)) + "\n")
 
     def read(self) -> Log:
-        """Return what has been told so far; the line that a killed process was writing is left out."""
+        """Return the replies so far, without the line that a killed process was writing."""
         found = Log(self.file)
         lines = self.file.read_text().splitlines(keepends=True) if self.file.exists() else []
         for line in lines:
@@ -95,7 +95,7 @@ class Log:
 
 
 def work(url: str, file: Path) -> None:
-    """Be all the clients, from where the log ends."""
+    """Run all clients, starting where the log ends."""
     asyncio.run(_all_clients(url, Log(file).read()))
 
 
@@ -104,7 +104,7 @@ async def _all_clients(url: str, before: Log) -> None:
 
 
 async def _clients(url: str, before: Log, first: int) -> None:
-    # Every call that waits has a connection of its own, so these are as many clients as calls.
+    # Each waiting call has its own connection, so these calls are as many clients.
     async with AsyncLoraServe(url) as service:
 
         async def client(number: int) -> None:
@@ -125,7 +125,7 @@ async def _clients(url: str, before: Log, first: int) -> None:
 
 @dataclass
 class Bench:
-    """One run on the service at `port`: what was read beside the clients."""
+    """One run on the service at `port`, and the measurements taken next to the clients."""
 
     port: int
     file: Path
@@ -134,21 +134,21 @@ class Bench:
     killed_at: float = 0.0
 
     def run(self) -> float:
-        """Run the clients, killed once in between; return seconds."""
+        """Run the clients, kill them once in between; return the seconds of the run."""
         (gateway,) = map(psutil.Process, replica_pids("gateway"))
         begun, process = time.time(), self._clients()
         moved, known = begun, 0
         while process.is_alive():
-            told = Log(self.file).read()
-            self._read_statuses([submit.job_id for submit in told.submitted.values()])
+            log = Log(self.file).read()
+            self._read_statuses([submit.job_id for submit in log.submitted.values()])
             self.gateway_mb.append(gateway.memory_info().rss / 2**20)
-            if not self.killed_at and len(told.ended) >= CLIENTS * JOBS_EACH / 2:
+            if not self.killed_at and len(log.ended) >= CLIENTS * JOBS_EACH / 2:
                 process.kill()
                 process.join()
                 self.killed_at = time.time()
                 process = self._clients()
-            if len(told.ended) > known:
-                moved, known = time.time(), len(told.ended)
+            if len(log.ended) > known:
+                moved, known = time.time(), len(log.ended)
             assert time.time() < moved + STALL_S, f"only {known} jobs ended"
         assert process.exitcode == 0, "the clients failed"
         return time.time() - begun
@@ -168,8 +168,8 @@ class Bench:
         self.status_s += answers.seconds
 
     def figures(self, url: str, took_s: float) -> dict[str, float]:
-        """Compare what clients were told with the table; return what the last line holds."""
-        told = Log(self.file).read()
+        """Compare the clients' replies with the table; return the figures of the last line."""
+        log = Log(self.file).read()
         database = open_database(url)
         with database.read() as connection:
             columns = (jobs.c.id, jobs.c.idempotency_key, jobs.c.state, jobs.c.finished_at)
@@ -178,15 +178,15 @@ class Bench:
         keys = {f"client-{number}-{index}" for number in range(CLIENTS) for index in range(JOBS_EACH)}
         good = {row.idempotency_key for row in rows if row.state == JobState.SUCCEEDED}
         ended_at = {row.id: row.finished_at for row in rows}
-        submits = told.submitted.values()
+        submits = log.submitted.values()
         missing = {submit.job_id for submit in submits} - set(ended_at)
-        # Nobody could be told in time of what was waited for at the kill.
+        # The kill interrupted these waits, so their delays do not count.
         watched = [
             submit.job_id
             for submit in submits
-            if submit.at > self.killed_at or told.ended[submit.job_id] < self.killed_at
+            if submit.at > self.killed_at or log.ended[submit.job_id] < self.killed_at
         ]
-        late_s = [told.ended[job_id] - ended_at[job_id] for job_id in watched if job_id in ended_at]
+        late_s = [log.ended[job_id] - ended_at[job_id] for job_id in watched if job_id in ended_at]
         fifth = max(len(self.gateway_mb) // 5, 1)
         return {
             "clients": CLIENTS,
@@ -220,7 +220,7 @@ def main() -> None:
             "OUTPUT_BASE_PATH": f"{folder}/outputs",
             "JOBS_URL": f"sqlite:///{folder}/jobs.db",
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            # By default Ray's workers yield to every other process: here, to the clients on the same machine.
+            # By default Ray's workers run at a lower priority, so the clients here would slow them.
             "RAY_worker_niceness": "0",
         }
         config = yaml.safe_load(edited_config(["flux"], port, max_replicas=1))

@@ -1,18 +1,18 @@
-"""What the gateway carries over real HTTP: `python -m tests.benchmarks.gateway`.
+"""Throughput of the gateway over real HTTP: `python -m tests.benchmarks.gateway`.
 
-Three services one after another: the default proxy; HAProxy; HAProxy with throughput-optimized replicas and
-no access log. In each, one gateway replica on SQLite and one on PostgreSQL, both flushing every commit to the
-disk, and one that leaves the insert out. No worker runs. 1, 16 and 64 clients, in a process of their own,
-submit jobs and read statuses; the cells that are compared come in turns, in several short rounds, so that a
-busy machine slows both. After each cell every id that was answered with 200 is looked up in its table.
+Three services run one after another: the default proxy; HAProxy; HAProxy with throughput-optimized replicas
+and no access log. Each has one gateway replica on SQLite, one on PostgreSQL (both flush every commit to the
+disk) and one without the insert. No worker runs. 1, 16 and 64 clients, in a separate process, submit jobs and
+read statuses. Cells that are compared take turns in several short rounds, so that a busy machine slows both.
+After each cell the benchmark looks up every id that was answered with 200 in its table.
 
 The last line is one JSON object; a ratio is the median over the rounds, of the worse database:
 
 - `haproxy_over_default`: POST/s of 64 clients, HAProxy over the default proxy;
-- `post_over_nostore_64`: POST/s of 64 clients over the same with the insert left out, optimized;
+- `post_over_nostore_64`: POST/s of 64 clients over the same without the insert, optimized;
 - `post_64_over_16`: POST/s of 64 clients over that of 16, optimized;
 - `lost`: ids that were answered with 200 and are in no table; `errors_5xx`: answers of 500 and above;
-- `reconnects`: connections that were closed as a request was sent on them, as by a proxy that reloads.
+- `reconnects`: connections that closed while a request was sent, as when a proxy reloads.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ POST_S = 1.5
 STATUS_S = 1.0
 WARM_S = 1.0
 QUEUED = 500
-"""Jobs that wait while statuses are read."""
+"""Number of waiting jobs while statuses are read."""
 
 MODES = ("default", "haproxy", "optimized")
 DATABASES = ("sqlite", "postgresql")
 NO_STORE = "nostore"
-"""The gateway that leaves the insert out."""
+"""The gateway without the insert."""
 
 PREFIXES = {"sqlite": "/sqlite", "postgresql": "/postgresql", NO_STORE: ""}
 
@@ -73,7 +73,7 @@ BODY = {
 
 @dataclass
 class Cell:
-    """One route of one gateway under so many clients: the rate of each round, the seconds of all."""
+    """One route of one gateway with some clients: the rate of each round, the seconds of all requests."""
 
     rates: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -82,12 +82,12 @@ class Cell:
         return 1000 * sorted(self.seconds)[len(self.seconds) * percent // 100]
 
     def over(self, other: Cell) -> float:
-        """Return how many times as fast this one is as `other`, round by round."""
+        """Return how many times as fast this cell is as `other`, compared round by round."""
         return statistics.median(map(truediv, self.rates, other.rates))
 
 
 class Bench:
-    """The cells by mode, gateway, route and clients; what went wrong; the tables behind."""
+    """The cells by mode, gateway, route and clients; the error counts; the job tables."""
 
     def __init__(self, urls: Mapping[str, str], generator: ProcessPoolExecutor) -> None:
         self.cells: dict[tuple[str, str, str, int], Cell] = defaultdict(Cell)
@@ -122,7 +122,7 @@ class Bench:
     def _drive(
         self, name: str, port: int, requests: Sequence[bytes], clients: int, duration_s: float
     ) -> Answers:
-        """Submit jobs, look every one of them up, and leave the table empty for the next cell."""
+        """Submit jobs, look each of them up, and empty the table for the next cell."""
         answers = self._generator.submit(drive, port, requests, clients, duration_s).result()
         if name != NO_STORE:
             database = open_database(self.urls[name])
@@ -142,9 +142,9 @@ class Bench:
         self.cells[cell].seconds += answers.seconds
 
     def over(self, cell: tuple[str, str, int], other: tuple[str, str, int]) -> float:
-        """Return the ratio of two POST cells, each (mode, gateway, clients), of the worse database.
+        """Return the ratio of two POST cells, each (mode, gateway, clients), for the worse database.
 
-        An empty name of a gateway stands for each database in turn.
+        An empty gateway name stands for each database in turn.
         """
         ratios = []
         for database in DATABASES:
@@ -155,7 +155,7 @@ class Bench:
         return min(ratios)
 
     def figures(self) -> dict[str, float]:
-        """Return what the last line holds."""
+        """Return the figures of the last line."""
         optimized = ("optimized", "", 64)
         return {
             "haproxy_over_default": self.over(("haproxy", "", 64), ("default", "", 64)),
@@ -167,7 +167,7 @@ class Bench:
         }
 
     def table(self) -> Table:
-        """Return all cells for people."""
+        """Return all cells as a table to print."""
         table = Table("proxy", "gateway", "route", "clients", "per s", "p50 ms", "p99 ms")
         for (mode, name, route, clients), cell in self.cells.items():
             rate, p50, p99 = statistics.median(cell.rates), cell.percentile_ms(50), cell.percentile_ms(99)
@@ -193,7 +193,7 @@ def config_of(mode: str, port: int, urls: Mapping[str, str]) -> str:
 
 
 def environment_of(mode: str, folder: Path) -> dict[str, str]:
-    """Return what the processes of the service are started with."""
+    """Return the environment of the service's processes."""
     environment = {
         "PYTHONPATH": str(ROOT),
         "WORKFLOWS_BASE_PATH": f"{folder}/loras",
@@ -207,7 +207,7 @@ def environment_of(mode: str, folder: Path) -> dict[str, str]:
 
 
 def write_lora(file: Path) -> None:
-    """Write a LoRA of 500 modules: the header is as long as that of a real one, the weights are not."""
+    """Write a LoRA of 500 modules: the header is as long as a real one, the weights are smaller."""
     file.parent.mkdir()
     names = [f"transformer.blocks.{n}.attn.to_q.lora_{side}.weight" for n in range(500) for side in "AB"]
     save_file({name: np.ones((1, 1), np.float16) for name in names}, file)

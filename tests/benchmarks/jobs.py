@@ -1,11 +1,11 @@
-"""What the service adds to the engine: `python -m tests.benchmarks.jobs`.
+"""Overhead of the service over the engine: `python -m tests.benchmarks.jobs`.
 
-One warm replica behind real HTTP against the same engine called in a plain loop, in one run, on tiny FLUX
-checkpoints. Pairs are taken in turns, so that a busy machine slows both. The last line is one JSON object:
+Compares one warm replica behind real HTTP with the same engine called in a plain loop, on tiny FLUX
+checkpoints. Both take turns in one run, so that a busy machine slows both. The last line is one JSON object:
 
 - `job_over_loop`: median submit-to-succeeded of a 64x64 two-step job over the loop's median;
 - `burst_over_loop`: jobs per second of a burst of 40 mixing two LoRAs over the loop's;
-- `alternating_over_one`: two resident LoRAs in turns over one, on jobs of about a second;
+- `alternating_over_one`: two alternating resident LoRAs over one LoRA, on jobs of about a second;
 - `queue_to_start_ms`: median from commit to claim on the idle warm replica.
 """
 
@@ -43,17 +43,17 @@ BURST = 40
 
 
 class Loop:
-    """The engine called in a plain loop: what a job costs without a service."""
+    """The engine called in a plain loop: the cost of a job without the service."""
 
     def __init__(self, folder: Path) -> None:
-        torch.set_num_threads(1)  # As Ray sets it for a worker of half a CPU.
+        torch.set_num_threads(1)  # Ray sets this for a worker with half a CPU.
         self._store = DirectoryStore(folder / "loop")
         self._settings = Settings(loras=folder / "loras")
         self._engine = Engine(CATALOG["flux"], Checkpoints(folder / "checkpoints", None), device="cpu")
         self._engine.load()
 
     def render(self, body: dict[str, Any]) -> float:
-        """Render one request; return seconds."""
+        """Render one request; return the seconds that took."""
         spec = admit(InferenceRequest.model_validate(body), self._settings, self._store)
         loras, controls = open_sources(self._settings, self._store)
         started = time.perf_counter()
@@ -126,7 +126,7 @@ def measure(client: httpx.Client, loop: Loop, queue: JobQueue) -> dict[str, floa
 
 
 def main() -> None:
-    """Run all pairs, draw the table, print the JSON line."""
+    """Measure all pairs, draw the table, print the JSON line."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_tiny_checkpoints(folder / "checkpoints")

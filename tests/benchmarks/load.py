@@ -1,7 +1,7 @@
-"""Load on an HTTP server from a process of its own: some clients, each with one request in flight.
+"""Load generator for an HTTP server, in its own process: some clients, each with one request in flight.
 
-Plain sockets in one loop: a request costs the generator a few hundredths of a millisecond, which is little
-beside what the server does with it on the same machine.
+Plain sockets in one loop: a request costs the generator a few hundredths of a millisecond, little compared
+with the server's work on the same machine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import cycle
 
 ANSWER_S = 30.0
-"""Longest silence of the server before the benchmark gives up."""
+"""The benchmark gives up after this many seconds without data from the server."""
 
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
@@ -24,7 +24,7 @@ _ID = re.compile(rb'"request_id":"([0-9a-f-]{36})"')
 
 @dataclass
 class Answers:
-    """What the clients got in `took_s` seconds: the seconds of each answer, statuses, ids in those of 200."""
+    """The clients' answers within `took_s` seconds: seconds of each, statuses, and ids from the 200s."""
 
     took_s: float = 0.0
 
@@ -35,10 +35,10 @@ class Answers:
 
 
 def drive(port: int, requests: Sequence[bytes], clients: int, duration_s: float) -> Answers:
-    """Send `requests` in turns, each client the next when it has its answer; stop after `duration_s`.
+    """Send `requests` in turns; each client sends the next when it has its answer. Stop after `duration_s`.
 
-    Requests in flight at that time are still answered and counted. Raises `OSError` where an answer breaks
-    off, or nothing comes for `ANSWER_S` seconds.
+    Requests in flight at that time are still answered and counted. Raises `OSError` if an answer breaks off
+    or nothing arrives for `ANSWER_S` seconds.
     """
     answers, following, begun = Answers(), cycle(requests), time.perf_counter()
     with selectors.DefaultSelector() as selector:
@@ -77,7 +77,7 @@ class _Client:
         self._socket.sendall(request)
 
     def receive(self, answers: Answers) -> bool:
-        """Take what has come; True if that completes the answer."""
+        """Read the available bytes; return True if the answer is complete."""
         try:
             piece = self._socket.recv(65536)
         except ConnectionResetError:
@@ -99,7 +99,7 @@ class _Client:
         return True
 
     def _send_again(self) -> None:
-        """Do as HTTP clients do when an idle connection was closed as they used it: a proxy has reloaded."""
+        """Retry on a new connection, as HTTP clients do when a reloading proxy has closed the idle one."""
         if self._received:
             raise ConnectionError("the server closed the connection within an answer")
         self.close()
@@ -112,6 +112,6 @@ class _Client:
 
 
 def http(method: str, path: str, body: bytes = b"") -> bytes:
-    """Return a request as it goes over the wire."""
+    """Return the bytes of a request."""
     head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body

@@ -1,8 +1,9 @@
-"""What a change of LoRA costs: `python -m tests.benchmarks.lora [--device cuda]`.
+"""Cost of a LoRA switch: `python -m tests.benchmarks.lora [--device cuda]`.
 
-Adapters of rank 16 and 64 for every linear layer in the blocks of FLUX.1, full depth and real shapes, random
-weights. The model's own weights are one number each, seen in the layers' shapes: no switch reads them, and 24
-GB would. Rounds take each way in turn, so that a busy machine slows all. The last line is one JSON object:
+Adapters of rank 16 and 64 cover every linear layer in the blocks of FLUX.1, with full depth, real shapes and
+random weights. Each of the model's weights is one number expanded to the layer's shape: no switch reads them,
+and real ones would take 24 GB. The kinds of switch take turns, so that a busy machine slows all. The last
+line is one JSON object:
 
 - `resident_switch_ms`: to another adapter on the device, rank 16;
 - `host_switch_over_floor`: from host memory, rank 16, over a copy of as many bytes into memory in use;
@@ -43,11 +44,11 @@ RANKS = (16, 64)
 REPLICAS = (1, 2)
 ROUNDS = 7
 ROOM = 1 << 40
-"""Bytes that no budget here is meant to bound."""
+"""A budget in bytes that is never reached here."""
 
 
 def flux(device: torch.device) -> FluxTransformer2DModel:
-    """Return FLUX.1's transformer in bfloat16, each weight one zero in the shape of the real one."""
+    """Return FLUX.1's transformer in bfloat16; each weight is one zero expanded to the real shape."""
     with torch.device("meta"):
         model = FluxTransformer2DModel(guidance_embeds=True)
     for module in model.modules():
@@ -71,7 +72,7 @@ def write_lora(path: Path, model: torch.nn.Module, rank: int, seed: int) -> None
 
 
 class Ours:
-    """The two tiers above the disk, over layers that nothing runs."""
+    """The host and device tiers on layers that are never run."""
 
     def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
         layers = layers_of(SimpleNamespace(components={"transformer": model}))
@@ -79,7 +80,7 @@ class Ours:
         self._adapters = Adapters(layers, host, device, ROOM)
 
     def switch(self, file: LoraFile) -> None:
-        """Make an adapter active, from wherever it is."""
+        """Make an adapter active, from any tier."""
         self._adapters.activate([(file, 1.0)])
 
     def forget(self) -> None:
@@ -88,7 +89,7 @@ class Ours:
 
 
 def timed(device: torch.device, action: Callable[[], object]) -> float:
-    """Return seconds, with what the device still had to do."""
+    """Return the seconds of the action, including the work still queued on the device."""
     synchronize(device)
     started = time.perf_counter()
     action()
@@ -102,7 +103,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure_switches(folder: Path, rank: int, device: torch.device) -> dict[str, float]:
-    """Return medians in ms of each way to another LoRA, and the size in MB."""
+    """Return the median of each kind of switch in ms, and the LoRA's size in MB."""
     model = flux(device)
     paths = [folder / f"{seed}.safetensors" for seed in range(2)]
     for seed, path in enumerate(paths):
@@ -137,7 +138,7 @@ def measure_switches(folder: Path, rank: int, device: torch.device) -> dict[str,
 
 
 def load_and_set(model: FluxTransformer2DModel, path: Path) -> None:
-    """Bring a file onto the model as those do who change LoRAs with diffusers and peft."""
+    """Load a file onto the model as diffusers and peft users do."""
     model.load_lora_adapter(load_file(path), adapter_name="cold")
     model.set_adapters(["cold"], [1.0])
     model.delete_adapters("cold")
@@ -152,7 +153,7 @@ def show(title: str, figures: Mapping[str, float]) -> None:
 
 
 def main() -> None:
-    """Run all, draw the tables, print the JSON line."""
+    """Run all measurements, draw the tables, print the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     device = torch.device(parser.parse_args().device)
@@ -165,8 +166,8 @@ def main() -> None:
     for replicas in REPLICAS:
         with tempfile.TemporaryDirectory() as scratch:
             rotations[replicas] = measure_rotations(Path(scratch), replicas, device.type)
-        told = {f"{loras} in turns": figure for loras, figure in rotations[replicas].items()}
-        show(f"jobs per second, replicas: {replicas}", told)
+        rates = {f"{loras} in turns": figure for loras, figure in rotations[replicas].items()}
+        show(f"jobs per second, replicas: {replicas}", rates)
     small = switches[RANKS[0]]
     figures = {
         "resident_switch_ms": small["resident"],

@@ -1,4 +1,4 @@
-"""What `@serve.multiplexed` makes of the same load: Ray Serve's own placement of many small models."""
+"""The same load on `@serve.multiplexed`, Ray Serve's own placement of many small models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.benchmarks.slowed import RESIDENT, slow_engine
 
 @serve.deployment(max_ongoing_requests=1, ray_actor_options={"num_cpus": 0})
 class Multiplexed:
-    """Replicas with the same engine; Serve decides which of them gets a LoRA's request."""
+    """Replicas with the same engine; Serve decides which replica gets a LoRA's request."""
 
     def __init__(self, folder: Path) -> None:
         self._loras = folder / "loras"
@@ -38,7 +38,7 @@ class Multiplexed:
         return file
 
     async def __call__(self, prompt: PromptSpec) -> bool:
-        """Render; return whether the LoRA was here."""
+        """Render the prompt; return True if the LoRA was loaded here already."""
         self._loaded = False
         file = await self.adapter(serve.get_multiplexed_model_id())  # pyright: ignore[reportCallIssue]
         await asyncio.to_thread(self._render, file, prompt)
@@ -51,10 +51,10 @@ class Multiplexed:
 
 @contextmanager
 def multiplexed(folder: Path, replicas: int) -> Iterator[Any]:
-    """Run the deployment on a Ray of its own; yield its handle."""
+    """Run the deployment on its own Ray; yield its handle."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ.pop("RAY_ADDRESS", None)
-    # Ray's socket paths are bounded in length: its folder must be a short one.
+    # Ray's socket paths have a maximum length, so its folder needs a short path.
     ray_folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
     ray.init(num_cpus=4, include_dashboard=False, _temp_dir=ray_folder, log_to_driver=False)
     try:
@@ -66,7 +66,7 @@ def multiplexed(folder: Path, replicas: int) -> Iterator[Any]:
 
 
 class Callers:
-    """One thread for each request in flight; of each answer whether it was a hit, and its seconds."""
+    """One thread per request in flight. Records for each answer whether it was a hit, and its seconds."""
 
     def __init__(self, handle: Any, prompt: PromptSpec) -> None:
         self._handle = handle
@@ -87,7 +87,7 @@ class Callers:
         self._threads[-1].start()
 
     def outcomes(self) -> Sequence[tuple[bool, float]]:
-        """Wait for all answers; return what is known of each, in the order of the requests."""
+        """Wait for all answers; return (hit, seconds) of each, in the order of the requests."""
         for thread in self._threads:
             thread.join()
         return [self._outcomes[number] for number in range(len(self._threads))]

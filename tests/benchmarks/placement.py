@@ -1,9 +1,10 @@
-"""Which replica gets which LoRA: `python -m tests.benchmarks.placement`.
+"""Placement of LoRAs on replicas: `python -m tests.benchmarks.placement`.
 
 20 LoRAs of Zipf popularity, 4 replicas that hold 5 each, Poisson arrivals, on the real engine with a tiny
-FLUX that is slowed to real times (`tests.benchmarks.slowed`). The same requests three times in one run: our
-claims; the same queue in plain order; Ray Serve's `@serve.multiplexed`. No host tier: every miss is a load.
-Takes about seven minutes. The last line is one JSON object; a hit is a job for which nothing is loaded:
+FLUX that is slowed to real times (`tests.benchmarks.slowed`). One run sends the same requests three times: to
+our claims; to the same queue in plain order; to Ray Serve's `@serve.multiplexed`. There is no host tier, so
+every miss is a load. A run takes about seven minutes. The last line is one JSON object; a hit is a job that
+needs no load:
 
 - `zipf_hit`, `zipf_hit_plain`, `zipf_hit_multiplexed`; `zipf_p95_s` and so on, from submission to the end;
 - `zipf_p95_over_multiplexed`, `zipf_p95_over_plain`.
@@ -32,15 +33,15 @@ from tests.benchmarks.replicas import job_with, workers
 from tests.benchmarks.slowed import LOAD_S, slow_engine
 
 Outcome: TypeAlias = tuple[bool, float]
-"""Whether a job's LoRA was there without a load, and the seconds from submission to the end."""
+"""True if a job needed no load of its LoRA, and the seconds from submission to the end."""
 
 LORAS = 20
 REPLICAS = 4
 RATE = 2.0
-"""Jobs a second: 0.4 of what the replicas can do without loads, 1.2 with one for each job."""
+"""Jobs per second: 0.4 of the capacity without loads, 1.2 of the capacity with one load per job."""
 
 WARM_UP = 60
-"""Jobs that are not counted: every LoRA is new once."""
+"""The first jobs are not counted: every LoRA must be loaded once."""
 
 COUNTED = 160
 
@@ -98,7 +99,7 @@ def through_multiplexed(folder: Path) -> Sequence[Outcome]:
 
 
 def figures(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Return the hit rate, and the seconds from submission to the end."""
+    """Return the hit rate and statistics of the seconds from submission to the end."""
     counted = outcomes[WARM_UP:]
     seconds = sorted(took_s for _, took_s in counted)
     return {
@@ -118,7 +119,7 @@ def main() -> None:
             write_tiny_lora(folder / "loras" / f"{n}.safetensors", seed=n)
         arms = {
             "claims": figures(through_claims(folder, age_bound_s=60)),
-            # Every job is older than no time: the oldest goes first.
+            # With an age bound of 0 every job is over age, so the oldest goes first.
             "plain": figures(through_claims(folder, age_bound_s=0)),
             "multiplexed": figures(through_multiplexed(folder)),
         }
@@ -127,7 +128,7 @@ def main() -> None:
         table.add_row(name, *(f"{values[name]:.2f}" for values in arms.values()))
     Console().print(table)
     ours, plain, theirs = arms.values()
-    told = {
+    results = {
         "zipf_hit": ours["hit"],
         "zipf_hit_plain": plain["hit"],
         "zipf_hit_multiplexed": theirs["hit"],
@@ -137,7 +138,7 @@ def main() -> None:
         "zipf_p95_over_plain": ours["p95_s"] / plain["p95_s"],
         "zipf_p95_over_multiplexed": ours["p95_s"] / theirs["p95_s"],
     }
-    print(json.dumps({name: round(value, 3) for name, value in told.items()}))
+    print(json.dumps({name: round(value, 3) for name, value in results.items()}))
 
 
 if __name__ == "__main__":

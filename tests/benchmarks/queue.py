@@ -1,7 +1,7 @@
-"""What the job table carries, on both databases: `python -m tests.benchmarks.queue`.
+"""Throughput of the job table on both databases: `python -m tests.benchmarks.queue`.
 
-20,000 jobs of 200 LoRAs wait; 8 processes claim without a pause for some seconds, each holding the last three
-LoRAs that it was given. Then 1, 16 and 64 threads of one process submit, a job at a time. Every commit is
+20,000 jobs with 200 LoRAs wait. 8 processes claim without a pause for some seconds; each holds the LoRAs of
+its last three jobs. Then 1, 16 and 64 threads of one process submit one job at a time. Every commit is
 flushed to the disk. The last line is one JSON object; for each database:
 
 - `claims_per_s`, `claim_p50_ms`, `claim_p99_ms`; a job claimed twice ends the benchmark with an error;
@@ -36,7 +36,7 @@ SUBMIT_S = 3.0
 SPAWN = multiprocessing.get_context("spawn")
 
 Claimed = list[tuple[str, float]]
-"""The ids of the jobs that one process claimed, each with the seconds that took."""
+"""The ids of the jobs that one process claimed, each with the seconds of its claim."""
 
 
 def claim_for_a_while(url: str, owner: str, start: Barrier, claimed: Queue[Claimed]) -> None:
@@ -76,7 +76,7 @@ def measure_claims(url: str) -> dict[str, float]:
 
 
 def measure_submits(url: str, threads: int) -> float:
-    """Return how many jobs per second so many threads store."""
+    """Return how many jobs per second this many threads store."""
     queue, counts = JobQueue(url), []
     end = time.monotonic() + SUBMIT_S
 
@@ -98,7 +98,7 @@ def measure_submits(url: str, threads: int) -> float:
 
 
 def main() -> None:
-    """Run both databases in turns, draw the table, print the JSON line."""
+    """Measure both databases in turns, draw the table, print the JSON line."""
     server = PostgresServer(flush=True)
     figures: dict[str, dict[str, float]] = {"sqlite": {}, "postgresql": {}}
     with tempfile.TemporaryDirectory() as scratch:

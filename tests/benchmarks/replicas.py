@@ -1,4 +1,4 @@
-"""Replicas without Ray: claim loops in processes of their own, and jobs for them."""
+"""Replicas without Ray: claim loops in separate processes, and jobs for them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from serve_app.cli.render import open_sources
 from serve_app.settings import RenderArgs
 
 MakeEngine: TypeAlias = Callable[[Path], Engine]
-"""Makes a replica's engine, loaded, of the checkpoints and LoRAs in a folder; a function of a module."""
+"""Returns a loaded engine for the checkpoints and LoRAs in a folder; must be a module-level function."""
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -30,7 +30,7 @@ SPAWN = multiprocessing.get_context("spawn")
 def work(
     make: MakeEngine, folder: Path, url: str, age_bound_s: float, owner: str, loaded: Event, stop: Event
 ) -> None:
-    """Be one replica of `flux`."""
+    """Run one replica of `flux`."""
     queue, store = JobQueue(url, age_bound_s=age_bound_s), DirectoryStore(folder / "outputs")
     loras, controls = open_sources(RenderArgs(loras=folder / "loras", lora_cache=folder / "cache"), store)
     heartbeat = Heartbeat(queue, owner, "flux", warm=lambda: loop.warm, lease_s=30)
@@ -48,7 +48,7 @@ def work(
 def workers(
     count: int, make: MakeEngine, folder: Path, url: str, age_bound_s: float = 60.0
 ) -> Iterator[None]:
-    """Run so many replicas, all of them loaded."""
+    """Run some replicas; the block begins when all are loaded."""
     stop, loaded = SPAWN.Event(), [SPAWN.Event() for _ in range(count)]
     processes = [
         SPAWN.Process(

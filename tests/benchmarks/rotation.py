@@ -1,8 +1,8 @@
-"""What a rotation of LoRAs costs in throughput, on one replica and on two; run by `tests.benchmarks.lora`.
+"""Throughput with rotating LoRAs, on one and two replicas; run by `tests.benchmarks.lora`.
 
-Bursts of 64 jobs with 1, 2, 8 and 64 LoRAs in turns, on the real claim loop, table and engine with a tiny
-FLUX.1. A device has room for 16 of the LoRAs, so 64 come from host memory. The order is the product's own:
-claims go to the LoRAs that a replica holds. Bursts of each kind take turns, so that a busy machine slows all.
+Bursts of 64 jobs rotate through 1, 2, 8 or 64 LoRAs, on the real claim loop, table and engine with a tiny
+FLUX.1. A device has room for 16 LoRAs, so with 64 they come from host memory. Jobs are claimed in the normal
+order, LoRAs that the replica holds first. The kinds of burst take turns, so that a busy machine slows all.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PROMPT = PromptSpec(prompt="a red fox", neg="", width=96, height=96, steps=4, gu
 def engine(device: str, folder: Path) -> Engine:
     """Return a loaded engine with room for `ROOM` LoRAs on the device, and for all in host memory."""
     torch.set_num_threads(1)
-    # Half of float32 in the files.
+    # Half the size of the float32 files.
     room = ROOM * 2 * (folder / "loras" / "0.safetensors").stat().st_size
     checkpoints = Checkpoints(folder / "checkpoints", None)
     made = Engine(CATALOG["flux"], checkpoints, device=device, adapter_bytes=room)
@@ -43,7 +43,7 @@ def engine(device: str, folder: Path) -> Engine:
 
 
 def burst(queue: JobQueue, loras: int) -> float:
-    """Submit a burst with so many LoRAs in turns; return jobs per second."""
+    """Submit a burst that rotates through `loras` LoRAs; return jobs per second."""
     begun = time.perf_counter()
     new = [job_with(f"{n % loras}.safetensors", PROMPT) for n in range(BURST)]
     ids = {job.id for job in queue.submit(new)}
@@ -55,7 +55,7 @@ def burst(queue: JobQueue, loras: int) -> float:
 
 
 def measure_rotations(folder: Path, replicas: int, device: str) -> dict[int, float]:
-    """Return median jobs per second for each number of LoRAs, after one burst of each that does not count."""
+    """Return the median jobs per second for each number of LoRAs, after one warm-up burst of each."""
     write_tiny_checkpoints(folder / "checkpoints")
     for seed in range(max(ROTATIONS)):
         write_tiny_lora(folder / "loras" / f"{seed}.safetensors", seed)

@@ -1,4 +1,4 @@
-"""The real engine on a tiny FLUX, slowed to the times of a real one."""
+"""The real engine on a tiny FLUX, slowed to the times of a full-size model."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from deployments.loras.sources.lora_file import LoraFile
 from deployments.spec.job import PromptSpec
 
 RUN_S = 0.8
-"""What a job takes: few steps of a distilled model."""
+"""Seconds per job: a few steps of a distilled model."""
 
 LOAD_S = 1.6
-"""What a LoRA takes from the disk: rank 128 on all layers of FLUX.1, 1.37 GB, at 0.86 GB/s."""
+"""Seconds to load a LoRA from the disk: rank 128 on all layers of FLUX.1, 1.37 GB, at 0.86 GB/s."""
 
 RESIDENT = 5
-"""How many LoRAs a replica holds; another one makes the least recently used go."""
+"""How many LoRAs a replica holds; one more evicts the least recently used."""
 
 
 class SlowConverter(Converter):
-    """Takes `LOAD_S` for a file, on whatever thread."""
+    """Takes `LOAD_S` for a file, on any thread."""
 
     def __call__(self, file: LoraFile) -> Packed:
         begun = time.monotonic()

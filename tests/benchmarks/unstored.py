@@ -1,4 +1,4 @@
-"""The gateway with the insert left out: what its routes cost without the commit of a job."""
+"""A gateway without the insert: measures the cost of the routes without the commit of a job."""
 
 # No postponed annotations here: Ray reads a builder's annotation to validate its arguments.
 import time
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def build_unstored(args: GatewayArgs) -> Application:
-    """Build the gateway as `serve_app.build_gateway` does, but one that stores nothing."""
+    """Build the gateway like `serve_app.build_gateway`, but without storing jobs."""
 
     def app() -> "FastAPI":
         from serve_app.gateway.app import create_app
@@ -30,7 +30,7 @@ def build_unstored(args: GatewayArgs) -> Application:
 
 
 def without_insert(app: "FastAPI") -> "FastAPI":
-    """Make `app` answer submissions with jobs that are nowhere."""
+    """Make `app` answer submissions with jobs that are not stored."""
     opened = app.router.lifespan_context
 
     @asynccontextmanager

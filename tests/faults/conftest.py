@@ -1,4 +1,4 @@
-"""A service on SQLite and S3 for a module's faults, and what faults did, told at the end."""
+"""A service on SQLite and S3 for a module's faults, and a report of the outcomes at the end."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def service(
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Hand what the test's faults did to the process that reports."""
+    """Pass the outcomes of the test's faults to the process that reports."""
     OUTCOMES.clear()
     result = yield
     item.user_properties += [("fault", outcome) for outcome in OUTCOMES]
@@ -47,7 +47,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Tell of each fault what `OUTCOMES` held; the checker fails tests with jobs lost or published twice."""
+    """Report the outcome of each fault. Tests with jobs lost or published twice have failed already."""
     terminalreporter.section("jobs in flight, none lost, none published twice; recovery")
     for report in terminalreporter.getreports("passed"):
         for in_flight, recovery_s in (value for name, value in report.user_properties if name == "fault"):

@@ -1,6 +1,6 @@
-"""What was promised for every accepted job (`docs/architecture.md`, "The job's life"), asserted afterwards.
+"""Checks the guarantees for every accepted job (`docs/architecture.md`, "The job's life") after it has ended.
 
-It reads what was written down at the time: the append-only `job_events`, the recorded outputs, the objects.
+It reads the append-only `job_events`, the recorded outputs and the stored objects.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_ATTEMPTS = 3
 
 
 def check_contract(queue: JobQueue, store: ObjectStore, job_id: str) -> Job:
-    """Assert for a job that should be at its end: not lost, ended once, its result published once."""
+    """Assert that a job was not lost, ended once, and published its result once."""
     job = queue.get(job_id)
     assert job is not None, f"the accepted job {job_id} is lost"
     events = queue.events(job_id)
@@ -32,7 +32,7 @@ def check_contract(queue: JobQueue, store: ObjectStore, job_id: str) -> Job:
 
 
 def _check_end(job: Job, events: list[JobEvent]) -> None:
-    """One terminal event, the last, and the row says what it says; each run was an epoch of its own."""
+    """Assert that only the last event is terminal, it matches the row, and each run has its own epoch."""
     assert [event.state.terminal for event in events] == [False] * (len(events) - 1) + [True], events
     assert (job.state, job.epoch, job.owner) == (events[-1].state, events[-1].epoch, events[-1].owner)
     runs = [event.epoch for event in events if event.state is JobState.IN_PROGRESS]
@@ -41,7 +41,7 @@ def _check_end(job: Job, events: list[JobEvent]) -> None:
 
 
 def _check_result(queue: JobQueue, store: ObjectStore, job: Job) -> None:
-    """It was executed, and each prompt has one output, of one of the job's own runs, with intact objects."""
+    """Assert that the job ran; each prompt has one output, from one of its runs, with intact objects."""
     assert job.epoch > 0 and job.result is not None and job.error_code is None
     outputs = queue.outputs(job.id)
     assert [output["seed"] for output in outputs] == [prompt["seed"] for prompt in job.spec["prompts"]]

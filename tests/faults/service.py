@@ -1,4 +1,4 @@
-"""A service under faults: two models, jobs of several lengths, and the contract of all it accepted."""
+"""A service under faults: two models, jobs of several lengths, and checks of every accepted job."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.support.service import (
 MODELS = ("flux", "sd15")
 
 LONG_SIDES = {"flux": 512, "sd15": 192}
-"""At these sizes the tiny models take some 30 ms for a step."""
+"""At these sizes a step of the tiny models takes about 30 ms."""
 
 GRACE_S = 120.0
 
@@ -43,20 +43,20 @@ GRACE_S = 120.0
 def body(
     model: str = "flux", *, steps: int = 2, side: int = 64, seeds: tuple[int, ...] = (1,)
 ) -> dict[str, Any]:
-    """A request of small pictures, one per seed."""
+    """Return a request for small pictures, one per seed."""
     prompt = {"prompt": "a long road", "width": side, "height": side, "sample_steps": steps}
     prompts = [{**prompt, "seed": seed} for seed in seeds]
     return {"model": model, "loras": [{"path": f"{model}.safetensors"}], "prompts": prompts}
 
 
 def long_body(model: str = "flux", *, steps: int = 100, prompts: int = 1) -> dict[str, Any]:
-    """A request that runs for some seconds."""
+    """Return a request that runs for some seconds."""
     return body(model, steps=steps, side=LONG_SIDES[model], seeds=tuple(range(1, prompts + 1)))
 
 
 OUTCOMES: list[tuple[int, float | None]] = []
-"""Of each fault in the present test: jobs that ended after it began; seconds until the first ran again, None
-where none had to."""
+"""For each fault in the current test: the number of jobs that ended after it began, and the seconds until the
+first job ran again, or None if none had to."""
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Service:
     accepted: list[str] = field(default_factory=list)
 
     def submit(self, request: Mapping[str, Any], **headers: str) -> str:
-        """Submit what must be accepted; `kept` asserts its contract."""
+        """Submit a request that must be accepted; `kept` checks its contract."""
         job_id = submit(self.client, request, **headers)
         self.accepted.append(job_id)
         return job_id
@@ -81,13 +81,13 @@ class Service:
         return job
 
     def worker_of(self, job_id: str) -> int | None:
-        """The pid of the worker that runs the job now: owners name it."""
+        """Return the pid of the worker that runs the job now, from its owner."""
         job = self.job(job_id)
         running = job.state is JobState.IN_PROGRESS and job.owner is not None
         return int(job.owner.split(":")[1]) if running and job.owner else None
 
     def running(self, job_id: str, step: int = 2, timeout_s: float = 120) -> int:
-        """Wait until the job has made some steps of its present run; return its worker's pid."""
+        """Wait until the current run of the job has made some steps; return its worker's pid."""
 
         def probe() -> int | None:
             progress = self.job(job_id).progress
@@ -96,7 +96,7 @@ class Service:
         return wait_until(probe, timeout_s, f"the start of job {job_id}")
 
     def warm_worker(self) -> int:
-        """Return the pid of a worker that has just ended a job and waits for the next."""
+        """Return the pid of a worker that has just finished a job and waits for the next."""
         job_id = self.submit(body())
         wait_until(lambda: self.job(job_id).state.terminal, 120, "the end of a first job")
         return int((self.job(job_id).owner or "").split(":")[1])
@@ -114,16 +114,16 @@ class Service:
         redeploy(worker_config(self.port, self.lease_s, models, **options), self.folder)
 
     def said(self, words: str) -> int:
-        """How often the service's log has these words, a regular expression."""
+        """Return how often `words`, a regular expression, matches in the service's log."""
         return len(re.findall(words, (self.folder / "serve.log").read_text(errors="replace")))
 
     def kept(
         self, since: float, *, recovery_s: float | None = None, timeout_s: float = 240
     ) -> dict[str, Job]:
-        """Wait for the end of everything accepted, assert the contract of each; begin anew.
+        """Wait until all accepted jobs have ended and check the contract of each; then forget them.
 
-        `since` is when the fault began, by the clock: how long it took until a job was claimed is told, or
-        `recovery_s` where that is something else.
+        `since` is when the fault began, in seconds since the epoch. `OUTCOMES` records the time from then to
+        the first claim, or `recovery_s` if given.
         """
         ids, self.accepted = self.accepted, []
         wait_until(lambda: self._ended(ids), timeout_s, "the end of all jobs")
@@ -140,7 +140,7 @@ class Service:
         try:
             return self.queue.finished(ids) == set(ids)
         except StoreUnavailable:
-            return False  # Our own connections may be from before the fault.
+            return False  # Our own connections may be older than the fault.
 
 
 def worker_config(port: int, lease_s: float, models: tuple[str, ...] = MODELS, **options: Any) -> str:
@@ -161,7 +161,7 @@ def worker_config(port: int, lease_s: float, models: tuple[str, ...] = MODELS, *
 def serving(
     folder: Path, checkpoints: Path, *, lease_s: float, environment: Mapping[str, str]
 ) -> Iterator[Service]:
-    """Run a service whose LoRAs are named after their models; its store is opened with this environment."""
+    """Run a service with one LoRA per model, named after it; `environment` also locates its store."""
     loras = folder / "loras"
     loras.mkdir(exist_ok=True)
     for model in MODELS:
@@ -176,7 +176,7 @@ def serving(
 
 
 def kill_all(pid: int) -> None:
-    """End a process and everything below it, as the loss of their machine does."""
+    """Kill a process and all its descendants, as the loss of their machine does."""
     for each in (pid, *descendants(pid)):
         try:
             os.kill(each, signal.SIGKILL)
@@ -185,7 +185,7 @@ def kill_all(pid: int) -> None:
 
 
 def kill_unless_last_attempt(service: Service, model: str) -> None:
-    """Kill a worker, whatever it does; but a third loss would rightly fail its job."""
+    """Kill a worker of the model, but not on a third attempt: a third loss would rightly fail the job."""
 
     def killed() -> bool:
         pids = replica_pids(model)

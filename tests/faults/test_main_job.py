@@ -1,6 +1,6 @@
-"""Accepted jobs survive dead workers and gateways, a job that kills, updates, and a sick object store.
+"""Accepted jobs survive dead workers and gateways, a job that kills its worker, updates, and S3 faults.
 
-One service on SQLite and S3; every test ends with the contract of all jobs that it had in flight.
+All tests use one service on SQLite and S3. Each test ends by checking the contract of all its jobs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def test_a_killed_worker_loses_no_job(service: Service) -> None:
     os.kill(worker, signal.SIGKILL)
     ended = service.kept(killed_at)
     assert all(job.state is JobState.SUCCEEDED for job in ended.values())
-    # A busy machine may cost the next worker its lease as well.
+    # On a busy machine the next worker may lose its lease too.
     assert ended[job_id].attempts in (2, 3)
     result = service.client.get(f"/v1/requests/{job_id}/result").json()
     image = result["outputs"]["images"][0]
@@ -52,7 +52,7 @@ def test_ten_workers_killed_at_random_moments(service: Service) -> None:
     for _ in range(KILLS):
         model = dice.choice(MODELS)
         for wanted in MODELS:
-            # Always some in flight: of several prompts, of several lengths.
+            # Keep jobs in flight, with different numbers of prompts and lengths.
             if wanted not in (depths := service.queue.depths()) or depths[wanted].queued < 2:
                 service.submit(long_body(wanted, steps=dice.randint(20, 60), prompts=dice.randint(1, 2)))
                 service.submit(body(wanted))
@@ -65,7 +65,7 @@ def test_ten_workers_killed_at_random_moments(service: Service) -> None:
 
 
 def stop_between_writes(pid: int) -> None:
-    """Send SIGSTOP; to one that holds SQLite's lock, and so everybody else up, a little later."""
+    """Send SIGSTOP, but not while the process holds SQLite's lock: that would block everybody else."""
     file = os.environ["JOBS_URL"].removeprefix("sqlite:///")
     while True:
         os.kill(pid, signal.SIGSTOP)
@@ -88,7 +88,7 @@ def test_a_worker_that_was_stopped_writes_nothing_when_it_goes_on(service: Servi
         claims: list[Claim] = []
 
         def claimed() -> list[Claim]:
-            # Another worker has the job while the first one still believes that it is its own.
+            # Another worker has the job while the first one still believes that it owns it.
             claims.extend(filter(None, [service.queue.claim("flux", "flux@another:0:a", patience_s=0)]))
             return claims
 
@@ -128,7 +128,7 @@ def test_a_gateway_killed_under_load_forgets_no_answer(service: Service) -> None
     stop = threading.Event()
 
     def post(client: int) -> None:
-        """Submit one request after the other, each until it is answered with 200."""
+        """Submit one request after the other; retry each until it gets a 200."""
         count = 0
         while not stop.is_set():
             key, count = f"client-{client}-{count}", count + 1
@@ -162,7 +162,7 @@ def test_a_gateway_killed_under_load_forgets_no_answer(service: Service) -> None
 
 
 def repeat(service: Service, key: str) -> str:
-    """Post the request of an idempotency key until it is answered; return its id."""
+    """Post the request of an idempotency key until it is accepted; return the job's id."""
 
     def answer() -> str | None:
         try:

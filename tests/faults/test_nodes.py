@@ -32,7 +32,7 @@ LEASE_S = 8.0
 
 
 class Nodes:
-    """A cluster of a head without replicas, a node for the gateway and one for workers."""
+    """A cluster with a head without replicas, one node for the gateway and one for workers."""
 
     def __init__(self) -> None:
         self._cluster = Cluster()
@@ -52,17 +52,17 @@ class Nodes:
         return f"127.0.0.1:{self._head['gcs_server_port']}"
 
     def start_head(self) -> None:
-        """Start the head, on the same port each time; what it has to know is in Redis."""
+        """Start the head on the same port each time; its state is in Redis."""
         self._cluster.add_node(**self._head)
 
     def kill_head(self) -> None:
-        """End the head with SIGKILL, at once."""
+        """Kill the head with SIGKILL."""
         head: Any = self._cluster.head_node
         head.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
         self._cluster.head_node = None
 
     def exchange_back(self) -> None:
-        """End the node for workers, at once, when another one has joined."""
+        """Add a second node for workers, then kill the first."""
         lost, self._back = self._back, self._add("back", free_port())
         self._cluster.remove_node(lost, allow_graceful=False)
 
@@ -70,7 +70,7 @@ class Nodes:
         self._cluster.shutdown()
 
     def _add(self, place: str, port: int) -> Any:
-        """Start a node for what asks for `place`; all have one address here, so each proxy has its port."""
+        """Start a node with the resource `place`. Nodes share one address; each proxy needs its own port."""
         ports = {"RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(port)}
         return self._cluster.add_node(num_cpus=2, resources={place: 1}, env_vars=ports)
 
@@ -79,7 +79,7 @@ class Nodes:
 def nodes(
     tmp_path_factory: pytest.TempPathFactory, checkpoints: Path, s3_server: S3Server
 ) -> Iterator[Nodes]:
-    ray_folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # Ray's socket paths are bounded in length.
+    ray_folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # Ray's socket paths have a maximum length.
     database = PostgresServer(flush=False)
     loras = tmp_path_factory.mktemp("loras")
     shutil.copy(FOLDER / "flux" / "lora" / "tiny_a.safetensors", loras / "flux.safetensors")
@@ -94,7 +94,7 @@ def nodes(
             "RAY_AUTH_MODE": "disabled",
             "RAY_REDIS_ADDRESS": redis,
             "RAY_external_storage_namespace": "nodes",
-            "RAY_gcs_rpc_server_reconnect_timeout_s": "300",  # Nodes do not end themselves before.
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "300",  # Nodes must not exit while the head is down.
         }
         patch.delenv("RAY_ADDRESS", raising=False)
         for name, value in environment.items():
@@ -120,7 +120,7 @@ def service(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def placed_config(port: int) -> str:
-    """Keep the gateway and the workers off the head, and apart."""
+    """Return a config that places the gateway and the workers on different nodes, not on the head."""
     config = yaml.safe_load(worker_config(port, LEASE_S, ("flux",)))
     for application, place in zip(config["applications"], ("front", "back"), strict=True):
         for deployment in application["deployments"]:
@@ -134,7 +134,7 @@ def test_the_loss_of_the_head_stops_no_job(nodes: Nodes, service: Service) -> No
     with httpx.Client(base_url=f"http://127.0.0.1:{nodes.front_port}", timeout=60) as door:
         headless, other = submit(door, body()), submit(door, long_body())
         service.accepted += [headless, other]
-        assert finished(door, headless)["status"] == "succeeded", "nobody needs the head for this"
+        assert finished(door, headless)["status"] == "succeeded", "jobs must run without the head"
     service.running(other)
     assert not service.answers()
     started_at = time.time()

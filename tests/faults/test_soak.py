@@ -1,4 +1,4 @@
-"""Faults one after the other for half an hour, by hand: `pytest -m soak`; `SOAK_S` sets another time."""
+"""Random faults for half an hour. Run by hand: `pytest -m soak`; `SOAK_S` sets the duration in seconds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SOAK_S = float(os.environ.get("SOAK_S", "1800"))
 def test_a_model_whose_first_replicas_die_starts_again(service: Service) -> None:
     job_id = service.submit(body("sd15"))
     killed: set[int] = set()
-    for _ in range(3):  # So many that Serve gives the version up.
+    for _ in range(3):  # Enough for Serve to give the version up.
         (worker, *_) = wait_until(lambda: set(replica_pids("sd15")) - killed, 60, "a replica that starts")
         os.kill(worker, signal.SIGKILL)
         killed.add(worker)
@@ -69,5 +69,5 @@ def test_a_soak(service: Service, proxy: Proxy) -> None:
         time.sleep(dice.uniform(0, 6))
         dice.choice(faults)()
     states = [job.state for job in service.kept(began_at, timeout_s=900).values()]
-    # Three bad moments in a row may fail a job, with its code; hardly ever.
+    # Three faults in a row may fail a job, but only rarely.
     assert states.count(JobState.SUCCEEDED) > 0.9 * len(states)

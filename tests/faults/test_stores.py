@@ -1,6 +1,6 @@
 """Accepted jobs survive the loss of their table, full disks, a lack of memory, and too few GPUs.
 
-One service on PostgreSQL and a local directory; at the end it dies as a whole and another takes over.
+All tests use one service on PostgreSQL and a local directory. The last one kills it and starts another.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from tests.support.web import Site, serving_site
 pytestmark = pytest.mark.slow
 
 LEASE_S = 12.0
-"""Long enough to tell an absence that a run survives from one that it does not."""
+"""Seconds; long enough to separate an outage that a run survives from one that it does not."""
 
 TURN_S = 15.0
-"""How long the only worker's place is kept from another model's job; by default a minute."""
+"""How long a job waits for another model's only worker to yield its place; by default a minute."""
 
 CLOCK = """
 import os, time
@@ -41,7 +41,7 @@ real, hours = time.time, os.environ.get("TEST_CLOCK_JUMPS_H")
 if hours:
     time.time = lambda: real() + 3600 * float(hours) * (int(time.monotonic()) % 3 - 1)
 """
-"""Makes the clock of a Python process jump every second where its environment says so."""
+"""Makes the clock of a Python process jump every second if its environment sets TEST_CLOCK_JUMPS_H."""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def site() -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A small disk of its own, where this user may mount one; else a directory."""
+    """A small separate disk if this user may mount one; else a directory."""
     folder = tmp_path_factory.mktemp("disk")
     mounted = not subprocess.call(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder])
     yield folder
@@ -92,7 +92,7 @@ def service(
 
 
 def away(service: Service, postgres: PostgresServer, seconds: float) -> str:
-    """Stop the table's server for a while; return the id of what a client submitted throughout."""
+    """Stop the database server for a while; return the id of a job whose submit is retried afterwards."""
     key = {"Idempotency-Key": str(uuid.uuid4())}
     postgres.stop()
     back_at = time.monotonic() + seconds
@@ -136,7 +136,7 @@ def test_a_table_that_is_away_for_longer_stops_its_workers_in_time(
     ended = service.kept(back_at)
     assert {job.state for job in ended.values()} == {JobState.SUCCEEDED}
     assert ended[job_id].attempts == 2
-    assert worker in replica_pids("flux"), "it ended the run, not itself"
+    assert worker in replica_pids("flux"), "the worker must stop the run, not exit"
 
 
 @contextmanager
@@ -203,7 +203,7 @@ def test_a_worker_s_clock_may_jump(service: Service) -> None:
 
 def test_a_job_gets_its_turn_beside_steady_traffic_of_another_model(service: Service) -> None:
     busy, other = MODELS
-    place = {"num_cpus": 0.6 * get_num_cpus()}  # As if there were one GPU: a second worker has no room.
+    place = {"num_cpus": 0.6 * get_num_cpus()}  # As with one GPU: there is no room for a second worker.
     before = {pid for model in MODELS for pid in replica_pids(model)}
     service.redeploy(ray_actor_options=place, policy={"yield_busy_after_s": TURN_S})
     wait_until(

@@ -44,7 +44,7 @@ def base64_png(width: int = 24, height: int = 16) -> str:
 
 
 def body(**changes: Any) -> dict[str, Any]:
-    """A good request; `prompt` changes its only prompt, `lora` its only LoRA, anything else the top level."""
+    """Return a valid request; `prompt` changes its only prompt, `lora` its only LoRA, others the body."""
     request: dict[str, Any] = {
         "model": "flux",
         "loras": [{"path": "style.safetensors", **changes.pop("lora", {})}],
@@ -54,7 +54,7 @@ def body(**changes: Any) -> dict[str, Any]:
 
 
 def kontext_body(**prompt: Any) -> dict[str, Any]:
-    """A good request with one control image; the keywords change its prompt."""
+    """Return a valid request with one control image; the keywords change its prompt."""
     return body(model="flux_kontext", prompt={"ctrl_img": base64_png(), **prompt})
 
 
@@ -66,21 +66,21 @@ def save_pair(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for `admitted`: the LoRA root."""
+    """The LoRA root for `admitted`."""
     folder = tmp_path_factory.mktemp("admission")
     save_pair(folder / "style.safetensors")
     return folder
 
 
 def admitted(place: Path, request: dict[str, Any]) -> RenderSpec:
-    """Return what a request is resolved to, without a gateway."""
+    """Admit a request without a gateway; return its resolved spec."""
     settings = Settings.model_validate({"loras": place})
     return admit(InferenceRequest.model_validate(request), settings, DirectoryStore(place / "outputs"))
 
 
 @dataclass
 class Service:
-    """A running gateway, and what lies under it; `queue` and `store` are other openings of the same files."""
+    """A running gateway; `queue` and `store` are separate handles to its database and output directory."""
 
     settings: GatewayArgs
     client: httpx.Client
@@ -89,7 +89,7 @@ class Service:
 
     @property
     def stored(self) -> tuple[int, frozenset[Path]]:
-        """How many rows and which files there are."""
+        """The number of rows, and the stored files."""
         file = self.settings.jobs.removeprefix("sqlite:///")
         connection = sqlite3.connect(file)
         rows = connection.execute("SELECT count(*) FROM jobs").fetchone()[0]
@@ -113,14 +113,14 @@ class Service:
         return self.client.get(f"/v1/requests/{job_id}/result", params=query).raise_for_status().json()
 
     def claim(self, job_id: str, owner: str = "worker-1") -> Claim:
-        """Claim the oldest job of its model as a worker does; it must be this one."""
+        """Claim the oldest job of the model as a worker does; it must be this job."""
         model = self.queue.get(job_id).model  # type: ignore[union-attr]
         claim = self.queue.claim(model, owner)
         assert claim is not None and claim.job.id == job_id
         return claim
 
     def publish(self, claim: Claim) -> None:
-        """Record one picture per prompt and end the job, as a worker does."""
+        """Record one picture per prompt and finish the job, as a worker does."""
         for index, prompt in enumerate(claim.job.spec["prompts"]):
             folder = f"{claim.job.id}/{claim.epoch}"
             data = png(prompt["width"], prompt["height"])
@@ -144,7 +144,7 @@ class Service:
 
 @contextmanager
 def listening(app: FastAPI, port: int = 0) -> Iterator[str]:
-    """Run an application on a port, one of its own by default, as any ASGI server does; yield its URL."""
+    """Run an application in uvicorn on `port` (0: any free port); yield its URL."""
     server = uvicorn.Server(
         uvicorn.Config(app, host="127.0.0.1", port=port, lifespan="on", log_level="error")
     )
@@ -162,7 +162,7 @@ def listening(app: FastAPI, port: int = 0) -> Iterator[str]:
 
 @contextmanager
 def running(settings: GatewayArgs, port: int = 0) -> Iterator[httpx.Client]:
-    """Run the gateway, lifespan included."""
+    """Run the gateway with its lifespan; yield a client."""
     with listening(create_app(settings), port) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client
 
@@ -171,9 +171,9 @@ def running(settings: GatewayArgs, port: int = 0) -> Iterator[httpx.Client]:
 def rendering(
     service: Service, model: str = "flux", end: Callable[[Claim], None] | None = None
 ) -> Iterator[list[Job]]:
-    """Play the worker of a model until the block ends: every job gets its pictures at once, or its `end`.
+    """Act as the worker of a model until the block ends: publish each job's pictures at once, or call `end`.
 
-    Yields the jobs that were claimed.
+    Yields the list of claimed jobs.
     """
     over = threading.Event()
     claimed: list[Job] = []
@@ -195,7 +195,7 @@ def rendering(
 
 @contextmanager
 def serving(folder: Path, port: int = 0, **changes: Any) -> Iterator[Service]:
-    """Run a gateway on stores and a LoRA root below `folder`; they may be there from an earlier one."""
+    """Run a gateway on stores and a LoRA root in `folder`; an earlier gateway may have created them."""
     loras = folder / "loras"
     loras.mkdir(exist_ok=True)
     save_pair(loras / "style.safetensors")
@@ -216,13 +216,13 @@ def serving(folder: Path, port: int = 0, **changes: Any) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """One gateway for the tests of a module; each must leave no job of its own claimable."""
+    """One gateway for all tests of a module; no test may leave a claimable job behind."""
     with serving(tmp_path_factory.mktemp("service")) as running_service:
         yield running_service
 
 
 @pytest.fixture
 def fresh(tmp_path: Path) -> Iterator[Service]:
-    """A gateway of the test's own, with an empty table."""
+    """The test's own gateway, with an empty table."""
     with serving(tmp_path) as running_service:
         yield running_service

@@ -1,4 +1,4 @@
-"""The rendered serve_config.yaml: current, narrow on request, valid for Ray Serve."""
+"""The rendered serve_config.yaml: up to date, limited to chosen models on request, valid for Ray Serve."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Debian's Chromium, driven by Playwright; installed where it is missing and that is allowed."""
+"""Debian's Chromium, driven by Playwright; installed if it is missing and this user is root."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, sync_playwright
 
 
 def chromium() -> str:
-    """Return the path of Chromium; root installs it with apt where it is missing, anybody else is told to."""
+    """Return the path of Chromium. If it is missing, root installs it with apt; otherwise the test fails."""
     found = shutil.which("chromium")
     if found is None and os.geteuid() == 0 and shutil.which("apt-get"):
         for command in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):

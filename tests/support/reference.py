@@ -1,4 +1,4 @@
-"""A server that speaks as the reference does: no long polls, no idempotency keys, no DELETE, no URLs."""
+"""A stand-in for the reference server: no long polls, no idempotency keys, no DELETE, no URLs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUEUED_S, RUN_S = 0.2, 0.4
 
 
 class Body(BaseModel):
-    """What the reference server reads of a request; it ignores the rest."""
+    """The request fields that the reference server reads; it ignores the rest."""
 
     model: str
     loras: list[dict[str, Any]]
@@ -25,7 +25,7 @@ class Body(BaseModel):
 
 
 def create_reference(folder: Path) -> FastAPI:
-    """Return the application; its pictures go to `folder`, its jobs are in `app.state.jobs` by id."""
+    """Return the application. It writes pictures to `folder` and keeps jobs by id in `app.state.jobs`."""
     app = FastAPI()
     jobs: dict[str, dict[str, Any]] = {}
     app.state.jobs = jobs
@@ -89,7 +89,7 @@ def create_reference(folder: Path) -> FastAPI:
 
 
 def _life(jobs: dict[str, dict[str, Any]], job_id: str) -> tuple[str | None, str | None, str]:
-    """Return when a job started and ended, and its state; a prompt "fail" fails it."""
+    """Return a job's start time, end time and state. The prompt "fail" makes it fail."""
     if job_id not in jobs:
         raise _error(404, "REQUEST_NOT_FOUND", "No such request", request_id=job_id)
     start = jobs[job_id]["at"] + QUEUED_S
@@ -109,7 +109,7 @@ def _picture(folder: Path, job_id: str, index: int) -> dict[str, Any]:
 
 
 def _time(seconds: float) -> str:
-    """Return a time as the reference writes it, with two zones."""
+    """Return a time in the format of the reference server, which has two time zones."""
     return datetime.fromtimestamp(seconds, UTC).isoformat() + "Z"
 
 

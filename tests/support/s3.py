@@ -1,4 +1,4 @@
-"""A real S3 server for tests, and a proxy that puts faults between it and its clients."""
+"""A real S3 server for tests, and a proxy that injects faults between it and its clients."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables of a client that it takes; no file and no role is asked."""
+        """Environment variables for a client with valid keys; they disable credential files and roles."""
         return {
             "AWS_ENDPOINT_URL_S3": self.url,
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
@@ -50,7 +50,7 @@ class S3Server:
 
 
 def name_in_bucket(s3_url: str, key: str) -> str:
-    """Return the name that the server knows a key of the store at `s3_url` by."""
+    """Return the server's object name for a key of the store at `s3_url`."""
     return f"{urlsplit(s3_url).path[1:]}/{key}"
 
 
@@ -61,7 +61,7 @@ def serving_s3(folder: Path) -> Iterator[S3Server]:
     (buckets / BUCKET).mkdir(parents=True)
     rclone = Path(sys.executable).with_name("rclone")
     options = [
-        "--config=",  # Those of the machine's user must not matter.
+        "--config=",  # Ignore the settings of the machine's user.
         "-vv",
         "--addr=127.0.0.1:0",
         f"--auth-key={ACCESS_KEY},{SECRET}",
@@ -80,11 +80,11 @@ def serving_s3(folder: Path) -> Iterator[S3Server]:
 
 
 Fault: TypeAlias = Callable[[socket.socket, socket.socket], None]
-"""What happens to one connection: the client's socket and the server's; both are closed afterwards."""
+"""Handles one connection, given the client's and the server's socket. Both are closed afterwards."""
 
 
 class Proxy:
-    """TCP in front of a server: each new connection meets the next of `faults`, all others `otherwise`."""
+    """TCP proxy in front of a server. Each new connection takes the next of `faults`, then `otherwise`."""
 
     def __init__(self, upstream: str) -> None:
         parts = urlsplit(upstream)
@@ -102,7 +102,7 @@ class Proxy:
         self._listener.close()
 
     def cut(self) -> None:
-        """End the connections that are open, so that the next request needs a new one."""
+        """Close the open connections, so that the next request needs a new one."""
         for client in list(self._clients):
             with suppress(OSError):
                 client.shutdown(socket.SHUT_RDWR)
@@ -118,13 +118,13 @@ class Proxy:
         self._clients.add(client)
         with client, socket.create_connection(self._upstream) as server, suppress(OSError):
             fault(client, server)
-            # Closing alone would wait for the thread that still reads from it.
+            # `close` alone would wait for the thread that still reads from it.
             server.shutdown(socket.SHUT_RDWR)
         self._clients.discard(client)
 
 
 def passed_on(client: socket.socket, server: socket.socket) -> None:
-    """Pass everything on in both directions."""
+    """Forward everything in both directions."""
     back = threading.Thread(target=_pump, args=(server, client), daemon=True)
     back.start()
     _pump(client, server)
@@ -132,14 +132,14 @@ def passed_on(client: socket.socket, server: socket.socket) -> None:
 
 
 def refused(client: socket.socket, server: socket.socket) -> None:
-    """Answer as a store that is overloaded."""
+    """Answer like an overloaded store."""
     client.recv(65536)
     body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
     _answer(client, "503 Slow Down", "Content-Type: application/xml", body)
 
 
 def broken(client: socket.socket, server: socket.socket) -> None:
-    """Answer as a store that met an error when it had begun to tell of the object that is read."""
+    """Answer like a store that fails after it has begun to send an object."""
     while (request := client.recv(65536)).startswith(b"HEAD"):
         server.sendall(request)
         client.sendall(server.recv(65536))
@@ -147,7 +147,7 @@ def broken(client: socket.socket, server: socket.socket) -> None:
 
 
 def delayed(seconds: float) -> Fault:
-    """Hold everything up for some seconds first."""
+    """Forward everything after a delay."""
 
     def fault(client: socket.socket, server: socket.socket) -> None:
         time.sleep(seconds)
@@ -162,14 +162,14 @@ def reset_after_sending(size: int) -> Fault:
     def fault(client: socket.socket, server: socket.socket) -> None:
         threading.Thread(target=_pump, args=(server, client), daemon=True).start()
         _pump(client, server, size)
-        # Closed like this, the client gets RST and not FIN.
+        # Closing it like this sends the client RST instead of FIN.
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     return fault
 
 
 def cut_after_receiving(size: int) -> Fault:
-    """End the connection after the server has sent `size` bytes."""
+    """Close the connection after the server has sent `size` bytes."""
 
     def fault(client: socket.socket, server: socket.socket) -> None:
         threading.Thread(target=_pump, args=(client, server), daemon=True).start()
@@ -180,7 +180,7 @@ def cut_after_receiving(size: int) -> Fault:
 
 
 def silent(client: socket.socket, server: socket.socket) -> None:
-    """Take what the client sends and never answer."""
+    """Read what the client sends and never answer."""
     while client.recv(65536):
         pass
 
@@ -191,7 +191,7 @@ def _answer(client: socket.socket, status: str, field: str, body: bytes) -> None
 
 
 def _pump(source: socket.socket, sink: socket.socket, size: float = math.inf) -> None:
-    """Pass on `size` bytes; where the source ends before, so does the sink."""
+    """Forward `size` bytes; if the source ends earlier, end the sink too."""
     with suppress(OSError):
         while size > 0 and (data := source.recv(int(min(size, 65536)))):
             sink.sendall(data)

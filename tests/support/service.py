@@ -1,4 +1,4 @@
-"""A real service for tests: `serve run` of a rendered config in a process of its own, on its own port."""
+"""A real service for tests: `serve run` with a rendered config, in its own process and on its own port."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from serve_app.config_file import render_config
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on now."""
+    """Return a port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -54,7 +54,7 @@ def replica_pids(deployment: str, root: int | None = None) -> list[int]:
 
 
 def wait_until(probe: Any, timeout_s: float, what: str) -> Any:
-    """Poll `probe` until it returns something true; return that."""
+    """Poll `probe` until it returns a true value; return that value."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         value = probe()
@@ -73,7 +73,7 @@ def edited_config(
     policy: Mapping[str, Any] | None = None,
     **scaling: Any,
 ) -> str:
-    """Return the rendered config on another port, what it says of workers edited; `policy` has arguments."""
+    """Return the rendered config with another port and edited workers; `policy` holds policy arguments."""
     config = yaml.safe_load(render_config(models))
     config["http_options"]["port"] = port
     for application in config["applications"][1:]:
@@ -86,7 +86,7 @@ def edited_config(
 
 
 def redeploy(config: str, folder: Path) -> None:
-    """Apply another config to the service that runs in `folder`, as `serve deploy` does."""
+    """Apply a new config to the service that runs in `folder`, as `serve deploy` does."""
     dashboard = re.search(r"dashboard at .*?http://([\d.]+:\d+)", (folder / "serve.log").read_text())
     assert dashboard, "the log names no dashboard"
     url = f"http://{dashboard[1]}/api/serve/applications/"
@@ -95,11 +95,11 @@ def redeploy(config: str, folder: Path) -> None:
 
 @contextmanager
 def serve_run(config: str, port: int, folder: Path, environment: Mapping[str, str]) -> Iterator[httpx.Client]:
-    """Run the service until the block ends; yield a client of it. Its output goes to `folder/serve.log`.
+    """Run the service until the block ends; yield a client for it. Its output goes to `folder/serve.log`.
 
-    It has a cluster of its own, unless `environment` names one in `RAY_ADDRESS`.
+    It starts its own cluster, unless `environment` sets `RAY_ADDRESS`.
     """
-    # Ray's socket paths are bounded in length: its folder must be a short one.
+    # Ray's socket paths have a maximum length, so its folder needs a short path.
     ray_folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
     file = folder / "serve_config.yaml"
     file.write_text(config)
@@ -109,17 +109,17 @@ def serve_run(config: str, port: int, folder: Path, environment: Mapping[str, st
         **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
         "RAY_TMPDIR": ray_folder,
         "RAY_AUTH_MODE": "disabled",
-        # Where RAY_SERVE_ENABLE_HA_PROXY=1 is set. Its socket's path is bounded as well.
+        # Used with RAY_SERVE_ENABLE_HA_PROXY=1. Its socket path has a maximum length too.
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{ray_folder}/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{ray_folder}/haproxy.sock",
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": ray_folder,
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{ray_folder}/haproxy.state",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-        # Its replicas' ports: on the usual ones a service beside this one would take its requests.
+        # Ports of the replicas. On the default ports, another service here would take its requests.
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replica_port),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replica_port + 100),
-        # Of 5 s a machine with several clusters needs more, and Serve's proxy would be given up.
+        # A machine with several clusters needs more than 5 s; Serve would give its proxy up.
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "BASE_URL": base_url,
         "DEVICE": "cpu",
@@ -147,7 +147,7 @@ def _healthy(client: httpx.Client, process: subprocess.Popen[bytes], folder: Pat
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Stop the service as Ctrl-C does; whatever it left behind is ended by pid."""
+    """Stop the service as Ctrl-C does, then kill by pid what it left behind."""
     tree = descendants(process.pid)
     process.send_signal(signal.SIGINT)
     try:

@@ -23,13 +23,13 @@ class Studio:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.loras = FOLDER / engine.spec.id / "lora"
-        # Of a model with two transformers, the name of one file stands for both of a pair.
+        # For a model with two transformers, the name of one file stands for its pair.
         names = (file.name for file in self.loras.iterdir())
         self.names = sorted(name for name in names if not name.endswith("_low_noise.safetensors"))
         self.controls = [Image.linear_gradient("L").convert("RGB")] * engine.spec.control_images.least
 
     def prompt(self, **fields: Any) -> PromptSpec:
-        """Return a small prompt with some fields of its own."""
+        """Return a small prompt with some fields changed."""
         defaults = {"prompt": "a red bicycle", "neg": "", "width": 96, "height": 64, "steps": 2, "seed": 5}
         spec = self.engine.spec
         own = {"guidance": spec.guidance, "options": dict(spec.options)}
@@ -37,12 +37,12 @@ class Studio:
         return PromptSpec(**{**defaults, **own, **video, **fields})
 
     def picture(self, **fields: Any) -> np.ndarray:
-        """Return the picture (uint8, H x W x 3) or video (F x H x W x 3) of one prompt as things are."""
+        """Return one prompt's picture (uint8, H x W x 3) or video (F x H x W x 3) with the current LoRAs."""
         controls = fields.pop("controls", self.controls)
         return self.engine.render(self.prompt(**fields), controls, Unwatched()).pixels
 
     def render(self, loras: Mapping[str, float], **fields: Any) -> np.ndarray:
-        """Return the picture of one prompt with these of the id's files and their multipliers."""
+        """Return the picture of one prompt with these LoRA files (name: multiplier)."""
         self.engine.use([(file, value) for name, value in loras.items() for file in self.files(name)])
         return self.picture(**fields)
 
@@ -55,5 +55,5 @@ class Studio:
 
 
 def largest_difference(one: np.ndarray, other: np.ndarray) -> int:
-    """Return the largest difference of two pictures, in steps of 1/255."""
+    """Return the largest difference between two pictures, in steps of 1/255."""
     return int(np.abs(one.astype(int) - other.astype(int)).max())

@@ -1,4 +1,4 @@
-"""Videos as ffmpeg reads them."""
+"""Read videos and their sound with ffmpeg."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _SOUND = re.compile(r"Audio: (\w+).*?, (\d+) Hz, (mono|stereo)")
 
 
 def read_mp4(file: Path) -> tuple[dict[str, Any], np.ndarray]:
-    """Decode an MP4: what ffmpeg says of it, and its frames."""
+    """Decode an MP4; return ffmpeg's metadata and the frames."""
     reader = imageio_ffmpeg.read_frames(file)
-    told: dict[str, Any] = next(reader)  # type: ignore[assignment]
-    width, height = told["size"]
+    metadata: dict[str, Any] = next(reader)  # type: ignore[assignment]
+    width, height = metadata["size"]
     frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
-    return told, np.stack(frames)
+    return metadata, np.stack(frames)
 
 
 def read_sound(file: Path) -> tuple[str, Sound] | None:
-    """Decode the sound of a file with its codec's name, if it has sound."""
+    """Return the codec's name and the decoded sound of a file; None without sound."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(file), "-vn", "-f", "f32le", "-"]
     done = subprocess.run(command, capture_output=True)
-    told = _SOUND.search(done.stderr.decode())
-    if told is None:
+    match = _SOUND.search(done.stderr.decode())
+    if match is None:
         return None
-    codec, rate, channels = told.groups()
+    codec, rate, channels = match.groups()
     samples = np.frombuffer(done.stdout, "<f4").reshape(-1, {"mono": 1, "stereo": 2}[channels])
     return codec, Sound(samples.T, int(rate))

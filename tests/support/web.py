@@ -1,4 +1,4 @@
-"""A real HTTP server on a loopback port, whose pages do what each test needs, misbehave included."""
+"""A real HTTP server on a loopback port. Each test defines its pages, including ones that misbehave."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Page = Callable[[BaseHTTPRequestHandler], object]
 
 @dataclass
 class Site:
-    """Pages by path (query left out), and the requests that came: method, path with query, headers; what was
-    posted."""
+    """Pages by path (without query), the requests received (method, path with query, headers), and the posted
+    bodies."""
 
     host: str = ""
     pages: dict[str, Page] = field(default_factory=dict)
@@ -27,7 +27,7 @@ class Site:
         return f"http://{self.host}{path}"
 
     def file(self, path: str, body: bytes, **headers: str) -> str:
-        """Serve `body` with its ETag, and 304 to those who have it; return its URL."""
+        """Serve `body` with an ETag, or 304 if the client sends that ETag; return its URL."""
         etag = f'"{hashlib.md5(body).hexdigest()}"'
 
         def page(request: BaseHTTPRequestHandler) -> None:
@@ -40,12 +40,12 @@ class Site:
         return self.url(path)
 
     def count(self, path: str) -> int:
-        """Return how many requests of a path came."""
+        """Return the number of requests received for a path."""
         return sum(target.partition("?")[0] == path for _, target, _ in self.requests)
 
 
 def answer(request: BaseHTTPRequestHandler, status: int, body: bytes = b"", **headers: str) -> None:
-    """Send a whole answer; underscores in header names become dashes."""
+    """Send a complete response; underscores in header names become dashes."""
     request.send_response(status)
     for name, value in {"Content_Length": str(len(body)), **headers}.items():
         request.send_header(name.replace("_", "-"), value)
@@ -55,7 +55,7 @@ def answer(request: BaseHTTPRequestHandler, status: int, body: bytes = b"", **he
 
 
 def redirect(location: str, status: int = 302) -> Page:
-    """Return a page that leads elsewhere."""
+    """Return a page that redirects to `location`."""
     return lambda request: answer(request, status, Location=location)
 
 
@@ -89,7 +89,7 @@ def serving_site(tls: ssl.SSLContext | None = None) -> Iterator[Site]:
         def log_message(self, format: str, *args: object) -> None: ...
 
         def pause(self, seconds: float) -> None:
-            """Wait, or until the site closes."""
+            """Wait for some seconds, or until the site closes."""
             if closing.wait(seconds):
                 raise ConnectionAbortedError
 

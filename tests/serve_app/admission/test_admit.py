@@ -1,4 +1,4 @@
-"""What admission resolves: defaults, sizes, seeds, trigger words, multipliers, control images."""
+"""Admission resolves defaults, sizes, seeds, trigger words, multipliers and control images."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_an_image_of_several_prompts_is_stored_once_for_each_request(place: Path
             store,
         )
         assert [prompt.controls for prompt in spec.prompts] == [(content_key(png()),)] * 3
-        assert store.puts == puts, "stored again by the next request: its age starts anew"
+        assert store.puts == puts, "the next request must store it again, which resets its age"
 
 
 @pytest.mark.parametrize("slot", ["ctrl_img", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3"])
@@ -260,7 +260,7 @@ def test_references_to_elsewhere_are_kept_in_one_form(place: Path, path: str, st
 def test_the_url_of_a_control_image_is_kept(place: Path) -> None:
     spec = admitted(place, body(model="flux_kontext", prompt={"ctrl_img": "https://Files.example.com/a.png"}))
     assert spec.prompts[0].controls == ("https://files.example.com/a.png",)
-    # A model that takes none does not even look at it.
+    # A model without control images ignores the URL.
     spec = admitted(place, body(prompt={"ctrl_img": "http://127.0.0.1/a.png?secret"}))
     assert spec.prompts[0].controls == ()
 

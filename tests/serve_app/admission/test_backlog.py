@@ -1,4 +1,4 @@
-"""How many jobs may wait: in all, for one key, and what is never refused by it."""
+"""Limits on waiting jobs, in total and per key, and requests that they never refuse."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def test_a_key_has_its_own_bound(tmp_path: Path) -> None:
         before = service.stored
         assert_full(service, service.post(body()), "max_queued_per_key", 2)
         assert_full(service, service.post(kontext_body()), "max_queued_per_key", 2)
-        assert service.stored == before, "not even the control image"
+        assert service.stored == before, "not even the control image may be stored"
         bobs = service.client.post("/v1/inference", json=body(), headers=BOB)
         assert bobs.status_code == 200
-        # What runs does not wait any more.
+        # A running job no longer counts as waiting.
         service.claim(first)
         assert service.post(body()).status_code == 200
         assert_full(service, service.post(body()), "max_queued_per_key", 2)
@@ -134,4 +134,4 @@ def test_a_queue_is_not_counted_for_every_submission(tmp_path: Path, monkeypatch
             service.submit()
         assert counted == ["alice"]
         assert_full(service, service.post(body()), "max_queued_per_key", 10)
-        assert counted == ["alice", "alice"], "a refusal comes of a new count"
+        assert counted == ["alice", "alice"], "a refusal must count again first"

@@ -62,7 +62,7 @@ def test_either_or_both_are_taken(fresh: Service, experts: tuple[str, ...]) -> N
 
 
 def test_one_that_takes_an_image_or_none_ignores_several(fresh: Service) -> None:
-    """As in the reference server, which then goes by the text."""
+    """The reference server does the same and uses only the text."""
 
     def controls(**images: str) -> tuple[int, list[str]]:
         answer = fresh.post(body(model="wan22_5b", prompt=images))

@@ -1,4 +1,4 @@
-"""A request's hf_token: the worker gets it, nothing else tells it, and it is gone when the job has ended."""
+"""A request's hf_token: the worker gets it, nothing else shows it, and it is deleted when the job ends."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ KEY = "an operator's own phrase of 40 characters"
 
 @pytest.fixture
 def sealing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    """A gateway of the test's own that has a SECRET_KEY, as its worker here does."""
+    """The test's own gateway with a SECRET_KEY, which its worker here shares."""
     monkeypatch.setenv("SECRET_KEY", KEY)
     with serving(tmp_path) as service:
         yield service
 
 
 def secrets_of(service: Service) -> list[str | None]:
-    """The column as it lies on disk, oldest job first."""
+    """Return the column as stored on disk, oldest job first."""
     connection = sqlite3.connect(service.settings.jobs.removeprefix("sqlite:///"))
     rows = connection.execute("SELECT secret FROM jobs ORDER BY seq").fetchall()
     connection.close()

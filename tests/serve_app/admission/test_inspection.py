@@ -1,4 +1,4 @@
-"""`POST /v1/loras/inspect` and `lora-serve inspect`: files, URLs, and what is refused."""
+"""`POST /v1/loras/inspect` and `lora-serve inspect`: files, URLs and refusals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ START = bytes_of(HEADER)
 
 
 class Weights:
-    """A file too large to send: its header, and zeros as long as somebody reads."""
+    """A file too large to send: its header, then zeros for as long as the client reads."""
 
     def __init__(self, ranges: bool) -> None:
         self.ranges = ranges
@@ -49,7 +49,7 @@ class Weights:
         request.send_header("Content-Length", str(total))
         request.end_headers()
         request.wfile.write(START)
-        while True:  # Until the client has gone.
+        while True:  # Until the client disconnects.
             request.wfile.write(bytes(2**16))
             self.sent += 2**16
 
@@ -80,7 +80,7 @@ def test_a_file_below_the_lora_root(service: Service) -> None:
     (service.settings.loras / "tiny.safetensors").write_bytes(file.read_bytes())
     found = inspect(service, "tiny.safetensors").raise_for_status().json()
     assert (found["dialect"], found["alpha_tensors"]) == ("peft", 0)
-    # Its layers have the names of FLUX.1's, and other sizes.
+    # Its layers have the names of FLUX.1's but other sizes.
     flux = next(entry for entry in found["models"] if entry["model"] == "flux")
     assert (flux["fit"], flux["matched"], flux["misfits"]) == ("none", 0, found["modules"])
 
@@ -94,7 +94,7 @@ def test_of_a_url_only_the_header_is_read(service: Service, site: Site, ranges: 
     assert (found["modules"], found["fitting_models"]) == (494, ["flux", "flux_kontext"])
     asked = [headers["Range"] for _, _, headers in site.requests[before:]]
     assert asked == ["bytes=0-7", f"bytes=8-{len(START) - 1}"]
-    # What is sent into the connection's buffers before the client closes it is not the client's to choose.
+    # The client cannot control how much is sent into the connection's buffers before it closes.
     assert page.sent == len(START) if ranges else page.sent < 32 * 2**20
 
 

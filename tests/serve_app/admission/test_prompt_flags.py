@@ -1,4 +1,4 @@
-"""How the trainer reads its sample prompts, and requests whose prompts have flags."""
+"""Flags in prompts, as the trainer parses its sample prompts, and requests that use them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Old jobs and their outputs go, in an order that a crash cannot spoil; everything else stays."""
+"""The janitor removes old jobs and their outputs in a crash-safe order and keeps everything else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def let_days_pass(service: Service, days: float) -> None:
-    """Make all jobs older; leases stay, so what runs goes on running."""
+    """Make all jobs older. Leases do not change, so running jobs keep running."""
     connection = sqlite3.connect(service.settings.jobs.removeprefix("sqlite:///"))
     with connection:
         for column in ("created_at", "started_at", "finished_at"):
@@ -109,7 +109,7 @@ def test_zero_keeps_everything(tmp_path: Path) -> None:
     with serving(tmp_path, retention_days=0) as service:
         job_id = finished(service)
         let_days_pass(service, 10_000)
-    # Another janitor, and the job goes: that it was old enough is no accident of this test.
+    # A janitor with a limit removes the job, so it was old enough.
     with serving(tmp_path, retention_days=9_000) as service:
         await_gone(service, job_id)
 
@@ -131,7 +131,7 @@ def test_while_outputs_cannot_be_removed_their_rows_stay(tmp_path: Path) -> None
         outputs.rename(tmp_path / "aside")
         outputs.write_text("a file where the directory should be")
         let_days_pass(service, 2)
-        # A sweep and many a round of removals later.
+        # Wait for a sweep and many rounds of removals.
         lost = service.submit()
         service.claim(lost)
         expire_lease(service, lost)

@@ -1,4 +1,4 @@
-"""`?wait=`: answers as soon as the job ends, wherever it ends."""
+"""`?wait=` answers as soon as the job ends, in whatever process that happens."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tests.serve_app.conftest import Service, running
 
 PATIENCE_S = 50
 LONG_BEFORE_S = 25
-"""Far below the wait asked for, far above what a busy machine needs."""
+"""Seconds; far less than the requested wait, far more than a busy machine needs."""
 
 
 def poll(
     client: httpx.Client, job_id: str, kind: str = "status", wait_s: float = PATIENCE_S
 ) -> tuple[str, float]:
-    """Return the state that a long poll answered with, and its seconds."""
+    """Return the state in a long poll's answer, and the seconds that took."""
     start = time.monotonic()
     answer = client.get(f"/v1/requests/{job_id}/{kind}", params={"wait": wait_s}, timeout=90)
     return answer.json()["status"], time.monotonic() - start
@@ -81,7 +81,7 @@ def test_many_wait_for_different_jobs_at_once(fresh: Service) -> None:
 
 
 def test_waiting_requests_hold_no_threads(fresh: Service) -> None:
-    """More long polls than the 40 threads of the process, and the gateway still submits and reads."""
+    """With more long polls than the 40 threads of the process, the gateway still submits and reads."""
     job_id = fresh.submit()
     with ThreadPoolExecutor(60) as pool:
         polls = [pool.submit(poll, fresh.client, job_id) for _ in range(60)]

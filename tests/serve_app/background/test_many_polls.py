@@ -1,4 +1,4 @@
-"""500 long polls or event streams on a real service, behind either proxy, while everything else goes on."""
+"""500 long polls or event streams on a real service, behind either proxy; other requests still work."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ pytestmark = pytest.mark.slow
 
 POLLS = 500
 ROOM = POLLS + 40
-"""Requests that the one gateway has at a time."""
+"""Requests that the one gateway handles at a time."""
 
 SOON_S = 15.0
-"""Far below the wait asked for, far above what a busy machine needs."""
+"""Seconds; far less than the requested wait, far more than a busy machine needs."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Gateway:
     jobs: str
 
     def poll(self, job_id: str, wait_s: float) -> Answers:
-        """Send all long polls at once; return when the last one is answered."""
+        """Send all long polls at once; return when all are answered."""
         request = http("GET", f"/v1/requests/{job_id}/status?wait={wait_s:g}")
         return drive(self.port, [request], POLLS, duration_s=0)
 
     def follow(self, job_id: str, streams: int, stack: ExitStack) -> list[Stream]:
-        """Open event streams of a job until `stack` is closed; return when all have begun."""
+        """Open event streams of a job; return when all have begun. `stack` closes them."""
         opened = [stack.enter_context(Stream(self.port, job_id)) for _ in range(streams)]
         for stream in opened:
             stream.read_until(b"event: queue")
@@ -48,7 +48,7 @@ class Gateway:
 
 
 class Stream:
-    """One event stream over a connection of its own."""
+    """One event stream over its own connection."""
 
     def __init__(self, port: int, job_id: str) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=30)
@@ -139,7 +139,7 @@ def test_all_streams_are_told_and_others_meanwhile(gateway: Gateway) -> None:
 
 
 def test_streams_whose_clients_went_away_take_no_room(gateway: Gateway) -> None:
-    """More than the gateway has room for: what stayed behind would keep the last ones waiting."""
+    """Open more streams than the gateway has room for: leaked ones would block the last."""
     job_id = submit(gateway.client, body())
     for _ in range(3):
         with ExitStack() as stack:

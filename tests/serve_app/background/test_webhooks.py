@@ -1,4 +1,4 @@
-"""Webhooks of a real gateway to a real receiver."""
+"""Webhooks from a real gateway to a real receiver."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def test_the_end_of_a_job_is_told_once_and_signed(service: Service, site: Site) 
     service.publish(service.claim(job_id))
     wait_until(lambda: site.posted, 20, "the message")
     ((_, _, headers),) = site.requests
-    told = Webhook(SECRET).verify(site.posted[0], dict(headers))
-    assert told["type"] == "request.succeeded"
-    assert told["data"].items() >= service.status(job_id).items()
-    assert told["timestamp"] == told["data"]["finished_at"]
-    assert headers["webhook-id"] == f"{job_id}.{told['data']['sequence']}"
+    message = Webhook(SECRET).verify(site.posted[0], dict(headers))
+    assert message["type"] == "request.succeeded"
+    assert message["data"].items() >= service.status(job_id).items()
+    assert message["timestamp"] == message["data"]["finished_at"]
+    assert headers["webhook-id"] == f"{job_id}.{message['data']['sequence']}"
     assert service.queue.outbox.take(1) == []
 
 
@@ -81,7 +81,7 @@ def test_a_receiver_that_fails_is_told_again_and_redelivery_begins_anew(
     monkeypatch.setenv("JOBS_URL", service.settings.jobs)
     assert CliRunner().invoke(app, ["jobs", "redeliver", job_id]).exit_code == 0
     wait_until(lambda: len(site.posted) == 6, 20, "all attempts, again")
-    assert not moved, "a redirection is no receipt and is not followed"
+    assert not moved, "a redirect is a failed delivery and must not be followed"
     site.pages["/hook"] = lambda request: answer(request, 200)
     assert CliRunner().invoke(app, ["jobs", "redeliver", job_id]).exit_code == 0
     wait_until(lambda: len(site.posted) == 7, 20, "the receipt")

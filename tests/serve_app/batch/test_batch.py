@@ -1,4 +1,4 @@
-"""Batches of the client on a real gateway; the test is the worker."""
+"""Batches of the client on a real gateway; the test acts as the worker."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_the_same_table_again_adds_only_what_is_missing(fresh: Service, client: 
     whole = Batch(client)
     with pytest.raises(ValueError, match="no rows"):
         whole.submit([], **GRID)
-    # As a process that died after its second chunk of three.
+    # Like a process that died after its second chunk of three.
     part = Batch(client, whole.id).submit(repeated[:4], model="flux", lora="style.safetensors", chunk=2)
     assert part.counts().total == 4
     for _ in range(2):
@@ -161,7 +161,7 @@ def test_a_full_queue_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(batch_module, "POLL_S", 0.05)
     with (
         serving(tmp_path, max_queued=4) as service,
-        # Retry-After is 10 s: this patience is up long before.
+        # Retry-After is 10 s; this patience ends long before.
         LoraServe(str(service.client.base_url), patience_s=0.2) as client,
     ):
         options: dict[str, Any] = {**GRID, "multipliers": [1.0], "progress": False}
@@ -196,4 +196,4 @@ def test_a_contact_sheet_has_every_picture_and_says_what_failed(tmp_path: Path) 
     assert [sheet.getpixel(place) for place in places] == [grey, pink, pink, pink, grey, grey]
     for column in range(3):
         label = sheet.crop((8 + column * 108, 108, 108 + column * 108, 156)).convert("L")
-        assert min(label.tobytes()) < 100, "something is written below each"
+        assert min(label.tobytes()) < 100, "each picture needs a label below it"

@@ -1,4 +1,4 @@
-"""Batches on a real cluster: the notebook by Ray client, a process that dies, Ray Data, a wrong version."""
+"""Batches on a real cluster: the notebook with Ray Client, a killed process, Ray Data, a wrong version."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ class Cluster:
     environment: dict[str, str]
 
     def start(self, code: str, *arguments: str) -> subprocess.Popen[str]:
-        """Run Python code in a process of its own, with this cluster as its own."""
+        """Run Python code in a new process that uses this cluster."""
         command = [sys.executable, "-c", code, *arguments]
         return subprocess.Popen(command, env=self.environment, text=True, stdout=subprocess.PIPE)
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Iterator[Cluster]:
-    """A cluster that `ray start` made, and the service on it."""
+    """A cluster started with `ray start`, and the service on it."""
     folder = tmp_path_factory.mktemp("cluster")
     loras = folder / "loras"
     loras.mkdir()
     shutil.copy(FOLDER / "flux" / "lora" / "tiny_a.safetensors", loras / "flux.safetensors")
     http, head, client = free_port(), free_port(), free_port()
-    # Ray's socket paths are bounded in length: its folder must be a short one.
+    # Ray's socket paths have a maximum length, so its folder needs a short path.
     ray_folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
     environment = {
         **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
@@ -106,7 +106,7 @@ def test_the_notebook_runs_by_ray_client_and_its_batch_is_found_by_http(
     assert list(frame["status"]) == ["succeeded"] * 8
     assert list(frame["seed"]) == [1, 2] * 4 and list(frame["multiplier"]) == [0.5, 0.5, 1.0, 1.0] * 2
     files = [file for result in found.results() for file in result.files if file is not None]
-    assert len({file.sha256 for file in files}) == 8, "another multiplier or seed, another picture"
+    assert len({file.sha256 for file in files}) == 8, "each multiplier and seed must give a different picture"
     for index, file in enumerate(files):
         cluster.client.download(file, tmp_path / str(index))
 
@@ -135,8 +135,8 @@ def test_a_process_that_dies_in_the_middle_loses_nothing(cluster: Cluster, tmp_p
     process.kill()
     process.wait()
     left = batch.counts().total
-    assert left < 20 * len(ROWS), "it was killed too late"
-    # What it stored goes on by itself, and the same call again adds the rest.
+    assert left < 20 * len(ROWS), "the process was killed too late"
+    # The stored jobs run on, and the same call again adds the rest.
     rows = [{**row, "seed": 7} for row in ROWS * 20][: left + 5]
     assert (
         Batch(cluster.client, batch.id).submit(rows, chunk=1, progress=False, **SMALL).counts().total
@@ -160,8 +160,8 @@ print(json.dumps(map_batches(dataset, chunk=4, in_flight=2, **json.loads(sys.arg
 def test_a_ray_dataset_comes_back_with_urls(cluster: Cluster) -> None:
     rows = ROWS[:10]
     process = cluster.start(MAP, cluster.address, json.dumps(rows), json.dumps(SMALL))
-    told, _ = process.communicate(timeout=240)
-    made = sorted(json.loads(told.splitlines()[-1]), key=lambda row: row["note"])
+    printed, _ = process.communicate(timeout=240)
+    made = sorted(json.loads(printed.splitlines()[-1]), key=lambda row: row["note"])
     assert [row["prompt"] for row in made] == [row["prompt"] for row in rows]
     assert {(row["status"], row["error"]) for row in made} == {("succeeded", None)}
     assert all(row["url"].startswith(f"{cluster.url}/outputs/{row['request_id']}/") for row in made)
@@ -182,9 +182,30 @@ except LoraServeError as error:
 
 def test_a_cluster_of_another_version_is_told_with_what_to_install(cluster: Cluster) -> None:
     process = cluster.start(CONNECT, cluster.ray_client)
-    told, _ = process.communicate(timeout=120)
-    assert "VERSION_MISMATCH" in told and told.strip().endswith("False")
-    assert f'pip install "ray[client,serve]=={ray.__version__}"' in told
+    printed, _ = process.communicate(timeout=120)
+    assert "VERSION_MISMATCH" in printed and printed.strip().endswith("False")
+    assert f'pip install "ray[client,serve]=={ray.__version__}"' in printed
+
+
+CONNECT_TWICE = """
+import sys
+from ray.util.client.worker import Worker
+from serve_app.client.ray_client import connect
+start, calls = Worker._server_init, []
+def fail_first(self, *args):
+    calls.append(args)
+    if len(calls) == 1:
+        raise ConnectionAbortedError("Initialization failure from server: the process is a zombie")
+    return start(self, *args)
+Worker._server_init = fail_first
+print(len(connect(sys.argv[1]).models()) > 0, len(calls))
+"""
+
+
+def test_a_ray_client_whose_process_on_the_head_died_connects_again(cluster: Cluster) -> None:
+    process = cluster.start(CONNECT_TWICE, cluster.ray_client)
+    printed, _ = process.communicate(timeout=120)
+    assert printed.strip().endswith("True 2")
 
 
 def test_the_id_of_a_batch_is_anybodys_choice(cluster: Cluster) -> None:

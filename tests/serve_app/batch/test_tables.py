@@ -1,4 +1,4 @@
-"""Tables of every kind mean the same requests."""
+"""All kinds of tables give the same requests."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def test_every_kind_of_table_has_the_same_rows(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(f"\ufeff{lines}\n", encoding="utf-8")
     for table in (ROWS, iter(ROWS), frame, pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.jsonl"):
         if table is not frame and not isinstance(table, Path) and hasattr(table, "to_pylist"):
-            # Arrow's columns are those of the first row here.
+            # Arrow takes its columns from the first row.
             assert [row["prompt"] for row in read_rows(table)] == ["a fox", "a ß"]
             continue
         rows = read_rows(table)
         assert rows == ROWS
         json.dumps(rows)
-    # CSV has texts and the service takes numbers so; pandas writes a column with gaps as floats.
+    # CSV values are strings; the service accepts them. pandas writes a column with gaps as floats.
     texts = read_rows(str(tmp_path / "rows.csv"))
     assert texts[1] == {"prompt": "a ß", "seed": "7.0", "note": "x"}
     for row in texts:
@@ -77,11 +77,11 @@ def test_a_grid_is_every_combination_the_last_axis_fastest() -> None:
     assert len(grid) == 16
     first = {"model": "flux", "loras": [{"path": "x", "network_multiplier": 0.5}]}
     assert grid[0] == first | {"prompts": [{"prompt": "a", "width": 64, "seed": 1}]}
-    told = [
+    jobs = [
         (each["prompts"][0]["prompt"], each["loras"][0]["path"], each["prompts"][0]["seed"]) for each in grid
     ]
-    assert told[:4] == [("a", "x", 1), ("a", "x", 2)] * 2
-    assert [prompt for prompt, _, _ in told] == ["a"] * 8 + ["b"] * 8
+    assert jobs[:4] == [("a", "x", 1), ("a", "x", 2)] * 2
+    assert [prompt for prompt, _, _ in jobs] == ["a"] * 8 + ["b"] * 8
     assert grid[4]["loras"] == [{"path": "y", "sha256": "0" * 64, "network_multiplier": 0.5}]
 
 

@@ -1,4 +1,4 @@
-"""`lora-serve batch` on a real gateway; the test is the worker."""
+"""`lora-serve batch` on a real gateway; the test acts as the worker."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def test_a_table_is_submitted_watched_and_submitted_again(fresh: Service, table:
     with rendering(fresh):
         done = call(fresh, *grid(table), "--watch", "--json")
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    assert told["counts"]["succeeded"] == told["total"] == 4
-    assert f"batch {told['batch_id']}" in done.stderr and "rendered: 100%" in done.stderr
-    again = call(fresh, *grid(table), "--id", told["batch_id"])
-    assert (again.exit_code, again.stdout.split()) == (0, [told["batch_id"], "4", "succeeded"])
+    status = json.loads(done.stdout)
+    assert status["counts"]["succeeded"] == status["total"] == 4
+    assert f"batch {status['batch_id']}" in done.stderr and "rendered: 100%" in done.stderr
+    again = call(fresh, *grid(table), "--id", status["batch_id"])
+    assert (again.exit_code, again.stdout.split()) == (0, [status["batch_id"], "4", "succeeded"])
 
 
 def test_get_cancel_and_retry(fresh: Service, table: Path) -> None:

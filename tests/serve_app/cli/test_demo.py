@@ -1,4 +1,4 @@
-"""`lora-serve demo` as the README runs it: real requests through Ray Serve, judged by their pixels."""
+"""`lora-serve demo` as the README runs it: real requests through Ray Serve, checked by their pixels."""
 
 from __future__ import annotations
 

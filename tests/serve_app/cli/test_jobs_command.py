@@ -53,11 +53,11 @@ def test_show_tells_everything_but_secrets(queue: JobQueue) -> None:
     held = claim(queue)
     queue.record_output(held, 0, {"key": "a.png"})
     queue.finish(held, JobState.SUCCEEDED, result={"warnings": []})
-    told = run("show", job.id)
-    shown = json.loads(told.output)
+    result = run("show", job.id)
+    shown = json.loads(result.output)
     assert (shown["id"], shown["state"], shown["outputs"]) == (job.id, "succeeded", [{"key": "a.png"}])
     assert [event["state"] for event in shown["events"]] == ["in_queue", "in_progress", "succeeded"]
-    assert "ciphertext" not in told.output
+    assert "ciphertext" not in result.output
 
 
 def test_cancel(queue: JobQueue) -> None:

@@ -33,7 +33,7 @@ def run(service: Service, *arguments: object, code: int = 0) -> Result:
     return done
 
 
-def told(done: Result) -> list[dict[str, Any]]:
+def rows_of(done: Result) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -58,13 +58,13 @@ def test_submit_and_watch_in_a_process_of_its_own(service: Service, tmp_path: Pa
 
 
 def test_a_job_from_submit_to_files(service: Service, tmp_path: Path) -> None:
-    (job,) = told(run(service, "submit", request(tmp_path, "a.json"), "--json"))
+    (job,) = rows_of(run(service, "submit", request(tmp_path, "a.json"), "--json"))
     assert job["file"] == str(tmp_path / "a.json")
-    (waiting,) = told(run(service, "get", job["request_id"], "--json"))
+    (waiting,) = rows_of(run(service, "get", job["request_id"], "--json"))
     assert (waiting["status"], waiting["queue_position"]) == ("in_queue", 0)
     assert run(service, "get", job["request_id"]).stdout == f"{job['request_id']}  in_queue, 0 ahead\n"
     service.publish(service.claim(job["request_id"]))
-    (made,) = told(run(service, "get", job["request_id"], "--json", "--out", tmp_path / "out"))
+    (made,) = rows_of(run(service, "get", job["request_id"], "--json", "--out", tmp_path / "out"))
     (saved,) = made["saved"]
     assert Path(saved).stat().st_size == made["outputs"]["images"][0]["bytes"]
     assert made["metadata"]["inference_time"] == 1.5 and made["attempts"] == 1
@@ -79,16 +79,16 @@ def test_failed_and_canceled_jobs_are_told_by_the_exit_code(service: Service) ->
     assert run(service, "cancel", waiting).stdout == f"{waiting}  canceled\n"
     service.claim(running)
     done = run(service, "cancel", running, failed, "nothing", "--json", code=1)
-    stops, ended, unknown = told(done)
+    stops, ended, unknown = rows_of(done)
     assert stops["cancel_requested"] and stops["status"] == "in_progress"
     assert ended["refused"]["code"] == "JOB_ALREADY_FINISHED"
     assert unknown == {"request_id": "nothing", "refused": unknown["refused"]}
-    (unknown,) = told(run(service, "get", "nothing", "--watch", "--json", code=1))
+    (unknown,) = rows_of(run(service, "get", "nothing", "--watch", "--json", code=1))
     assert (unknown["request_id"], unknown["refused"]["code"]) == ("nothing", "REQUEST_NOT_FOUND")
 
 
 def test_models_of_a_server(service: Service) -> None:
-    rows = told(run(service, "models", "--json"))
+    rows = rows_of(run(service, "models", "--json"))
     assert rows == service.client.get("/v1/models").json()["models"]
     assert run(service, "models").stdout.splitlines()[0].split()[0] == rows[0]["id"]
 

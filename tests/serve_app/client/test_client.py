@@ -1,4 +1,4 @@
-"""The Python client, blocking and not, on a real gateway."""
+"""The blocking and the async Python client on a real gateway."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Connect = Callable[..., LoraServe]
 
 
 class _InLoop:
-    """The twin that does not block, called from this thread."""
+    """The async client, called from this thread."""
 
     def __init__(self, portal: BlockingPortal, *arguments: Any, **options: Any) -> None:
         self._portal = portal
@@ -48,7 +48,7 @@ class _InLoop:
 
 @pytest.fixture(params=["blocking", "asyncio"])
 def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
-    """What makes a client of either kind; both are used alike."""
+    """A factory of clients of either kind; tests use both the same way."""
     clients: list[LoraServe] = []
     with start_blocking_portal() as portal:
 
@@ -71,7 +71,7 @@ def url() -> str:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, url: str) -> Iterator[Service]:
-    """A gateway whose answers name the port that it listens on."""
+    """A gateway whose answers contain its own port."""
     port = int(url.rpartition(":")[2])
     with serving(tmp_path_factory.mktemp("service"), port, base_url=url) as running:
         yield running

@@ -1,4 +1,4 @@
-"""The client where things go wrong on the way: lost answers, restarts, busy servers, broken downloads."""
+"""The client under faults: lost answers, restarts, busy servers, broken downloads."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def client_of(site: Site, patience_s: float = 30) -> LoraServe:
 
 
 def one_after_another(*pages: Page) -> Page:
-    """Return a page that is each of `pages` once."""
+    """Return a page that answers with each of `pages` once, in order."""
     following = iter(pages)
     return lambda request: next(following)(request)
 
@@ -89,7 +89,7 @@ def test_waiting_survives_a_restart_of_the_gateway(tmp_path: Path) -> None:
 def test_a_full_queue_is_told_when_patience_is_shorter_than_it_asks(tmp_path: Path) -> None:
     with serving(tmp_path, max_queued=1) as service:
         service.submit()
-        time.sleep(1.1)  # The count of waiting jobs is a second old at most.
+        time.sleep(1.1)  # The gateway caches its count of waiting jobs for a second.
         begun = time.monotonic()
         with (
             LoraServe(str(service.client.base_url), patience_s=5) as client,
@@ -148,8 +148,12 @@ def test_nobody_there() -> None:
 
 def output(site: Site, data: bytes, **changes: Any) -> Output:
     fields = {"format": "png", "width": 1, "height": 1, "file_path": "/nowhere/0.png", "seed": 1}
-    told = {"url": site.url("/outputs/0.png"), "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    return Output.model_validate({**fields, **told, **changes})
+    stored = {
+        "url": site.url("/outputs/0.png"),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "bytes": len(data),
+    }
+    return Output.model_validate({**fields, **stored, **changes})
 
 
 def test_a_download_that_breaks_off_begins_anew(site: Site, tmp_path: Path) -> None:
@@ -180,9 +184,9 @@ def test_a_download_with_another_hash_leaves_what_was_there(site: Site, tmp_path
 
 @pytest.mark.parametrize("name", ["../x", "a/b", ""])
 def test_no_server_chooses_a_directory(site: Site, name: str) -> None:
-    told = output(site, b"").model_dump() | {"format": name}
+    image = output(site, b"").model_dump() | {"format": name}
     job = {"request_id": "a", "status": "succeeded", "created_at": "2026-01-01T00:00:00Z"}
-    page = json.dumps({**job, "outputs": {"images": [told], "videos": []}}).encode()
+    page = json.dumps({**job, "outputs": {"images": [image], "videos": []}}).encode()
     site.pages["/v1/requests/a/result"] = lambda request: answer(request, 200, page)
     with pytest.raises(LoraServeError, match="ANSWER_INVALID"):
         client_of(site).result("a")

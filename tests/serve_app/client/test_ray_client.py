@@ -1,4 +1,4 @@
-"""The gateway by its deployment's handle: the same routes, the same keys; and versions that do not match."""
+"""The gateway through its deployment handle: same routes, same keys; and mismatched versions."""
 
 from __future__ import annotations
 

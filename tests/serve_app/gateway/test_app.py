@@ -1,4 +1,4 @@
-"""The routes: the shape of every answer, a job's way through them, and faults of the stores."""
+"""The routes: the shape of every answer, a job from submit to result, and faults of the stores."""
 
 from __future__ import annotations
 
@@ -146,8 +146,8 @@ def test_a_video_tells_its_frames(fresh: Service) -> None:
         "url": f"http://127.0.0.1:8000/outputs/{output['key']}",
         "manifest_url": f"http://127.0.0.1:8000/outputs/{output['manifest_key']}",
     }
-    told = {name: value for name, value in output.items() if not name.endswith(("kind", "key"))}
-    assert video == {**told, "file_path": file_path, **urls}
+    fields = {name: value for name, value in output.items() if not name.endswith(("kind", "key"))}
+    assert video == {**fields, "file_path": file_path, **urls}
     assert fresh.client.get(f"/outputs/{output['key']}").headers["content-type"] == "image/webp"
 
 
@@ -332,7 +332,7 @@ def test_a_locked_job_table_is_a_503_that_says_when_to_try_again(fresh: Service)
     answer = fresh.post(body())
     assert error_of(answer) == (503, "STORE_UNAVAILABLE", {})
     assert answer.headers["retry-after"] == "1"
-    # Reading goes on.
+    # Reads still work.
     assert fresh.status(job_id)["status"] == "in_queue"
     connection.execute("ROLLBACK")
     connection.close()

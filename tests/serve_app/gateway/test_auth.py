@@ -1,4 +1,4 @@
-"""API keys: who is let in, whose job is whose, and that no key is ever told."""
+"""API keys: access, ownership of jobs, and that no key ever appears in a message."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture
 def stranger(keyed: Service) -> Iterator[httpx.Client]:
-    """A client of the same gateway with no key."""
+    """A client of the same gateway without a key."""
     with httpx.Client(base_url=keyed.client.base_url, timeout=30) as client:
         yield client
 
@@ -188,7 +188,7 @@ def test_an_open_service_says_so_and_ignores_keys(
     with serving(tmp_path) as service:
         assert "is open" not in caplog.text
         answer = service.client.get(f"/v1/requests/{job_id}/status", headers=bearer(ALICE))
-        assert answer.status_code == 404, "jobs of the open time have no owner"
+        assert answer.status_code == 404, "jobs from before the keys have no owner"
 
 
 def test_keys_are_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +201,7 @@ def test_keys_are_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Sg7" not in f"{keys!r} {keys} {vars(keys)}"
 
 
-# --- What the environment and the file hold ---
+# --- Keys from the environment and the file ---
 
 
 def test_a_nameless_key_is_named_by_a_part_of_its_hash() -> None:
@@ -282,7 +282,7 @@ def test_a_changed_file_is_read_again_and_a_bad_one_changes_nothing(
     spoil(file)
     for _ in range(3):
         assert keys.tenant_of("second") == "b"
-    assert len(caplog.records) == 1, "told once"
+    assert len(caplog.records) == 1, "one warning in all"
     assert "Sg7" not in caplog.text
     file.write_text("c:third")
     assert [keys.tenant_of(key) for key in ("second", "third")] == [None, "c"]

@@ -1,4 +1,4 @@
-"""POST /v1/batches and what follows: all or none, once per key, one's own, within the bounds of the queue."""
+"""Routes under /v1/batches: all or nothing, once per key, own batches only, within the queue's limits."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def test_a_batch_from_submission_to_results(fresh: Service) -> None:
     fresh.publish(fresh.claim(ids[0]))
     fail(fresh, ids[1])
     fresh.claim(ids[2])
-    told = read(fresh, batch_id)
-    assert told["total"] == 4
-    assert told["counts"] == {"in_queue": 1, "in_progress": 1, "succeeded": 1, "failed": 1, "canceled": 0}
+    status = read(fresh, batch_id)
+    assert status["total"] == 4
+    assert status["counts"] == {"in_queue": 1, "in_progress": 1, "succeeded": 1, "failed": 1, "canceled": 0}
     results = read(fresh, batch_id, "/results")
     assert [result["request_id"] for result in results["results"]] == ids
     done, failed, running, queued = results["results"]
@@ -86,16 +86,16 @@ def test_a_batch_from_submission_to_results(fresh: Service) -> None:
 
 @pytest.mark.parametrize("limit", [1, 2, 4, 5])
 def test_pages_of_results_meet(fresh: Service, limit: int) -> None:
-    told = stored(fresh, seeded(4))
+    batch = stored(fresh, seeded(4))
     seen, cursor = [], None
     while True:
         query = {"limit": limit, **({"cursor": cursor} if cursor else {})}
-        page = read(fresh, told["batch_id"], "/results", **query)
+        page = read(fresh, batch["batch_id"], "/results", **query)
         seen += [result["request_id"] for result in page["results"]]
         cursor = page["next_cursor"]
         if cursor is None:
             break
-    assert seen == told["request_ids"]
+    assert seen == batch["request_ids"]
 
 
 def test_one_bad_request_refuses_all_and_each_is_named(fresh: Service) -> None:
@@ -103,11 +103,11 @@ def test_one_bad_request_refuses_all_and_each_is_named(fresh: Service) -> None:
     before = fresh.stored
     bad = [body(model="flux9"), body(lora={"path": "missing.safetensors"}), kontext_body(ctrl_img="!")]
     details = refused(post(fresh, [good, *bad, good], "k"), 400, "BATCH_REFUSED")
-    told = [(error["index"], error["code"]) for error in details["errors"]]
-    assert told == [(1, "MODEL_NOT_FOUND"), (2, "LORA_NOT_FOUND"), (3, "CONTROL_IMAGE_INVALID")]
+    errors = [(error["index"], error["code"]) for error in details["errors"]]
+    assert errors == [(1, "MODEL_NOT_FOUND"), (2, "LORA_NOT_FOUND"), (3, "CONTROL_IMAGE_INVALID")]
     assert details["refused"] == 3
     assert "flux" in details["errors"][0]["details"]["supported_models"]
-    assert fresh.stored == before, "neither a row nor the picture of the good ones"
+    assert fresh.stored == before, "neither rows nor control images of the valid requests may be stored"
     assert stored(fresh, [good], "k")["request_ids"], "a refused batch does not take its key"
 
 
@@ -163,22 +163,22 @@ def test_requests_beside_a_batch_do_not_share_its_keys(fresh: Service) -> None:
 
 
 def test_cancel_ends_what_has_not_ended(fresh: Service) -> None:
-    told = stored(fresh, seeded(4))
-    url = f"/v1/batches/{told['batch_id']}"
-    fresh.publish(fresh.claim(told["request_ids"][0]))
-    running = fresh.claim(told["request_ids"][1])
+    batch = stored(fresh, seeded(4))
+    url = f"/v1/batches/{batch['batch_id']}"
+    fresh.publish(fresh.claim(batch["request_ids"][0]))
+    running = fresh.claim(batch["request_ids"][1])
     answer = fresh.client.delete(url)
     assert answer.status_code == 202
-    assert counts(fresh, told["batch_id"]) == {"succeeded": 1, "in_progress": 1, "canceled": 2}
-    assert fresh.status(told["request_ids"][1])["cancel_requested"]
+    assert counts(fresh, batch["batch_id"]) == {"succeeded": 1, "in_progress": 1, "canceled": 2}
+    assert fresh.status(batch["request_ids"][1])["cancel_requested"]
     fresh.queue.release(running)
     again = fresh.client.delete(url)
     assert (again.status_code, again.json()["counts"]["canceled"]) == (200, 3)
 
 
 def test_retry_submits_only_what_failed(fresh: Service) -> None:
-    told = stored(fresh, seeded(4))
-    batch_id, ids = told["batch_id"], told["request_ids"]
+    batch = stored(fresh, seeded(4))
+    batch_id, ids = batch["batch_id"], batch["request_ids"]
     for job_id in ids[:2]:
         fail(fresh, job_id)
     fresh.publish(fresh.claim(ids[2]))
@@ -221,10 +221,10 @@ def test_a_batch_belongs_to_its_key_and_fits_into_the_queue_or_not_at_all(keyed:
     details = refused(post(keyed, seeded(2)), 429, "TOO_MANY_QUEUED")
     assert details == {"bound": "max_queued_per_key", "most": 4}
     assert counts(keyed, mine["batch_id"]) == {"in_queue": 3}
-    assert stored(keyed, seeded(3), "k") == mine, "a repeat is answered, however full the queue is"
+    assert stored(keyed, seeded(3), "k") == mine, "a repeated submit must succeed even if the queue is full"
     refused(post(keyed, seeded(5)), 413, "BATCH_TOO_LARGE")
     keyed.client.headers.update(BOB)
-    # The same name and the same key, but Bob's.
+    # The same batch id and idempotency key, but from Bob.
     stored(keyed, seeded(3), "k", batch_id=mine["batch_id"])
     assert read(keyed, mine["batch_id"])["total"] == 3
     assert refused(post(keyed, seeded(1)), 429, "TOO_MANY_QUEUED")["bound"] == "max_queued"
@@ -235,13 +235,13 @@ def test_a_batch_belongs_to_its_key_and_fits_into_the_queue_or_not_at_all(keyed:
 
 def test_a_retry_waits_for_room(keyed: Service) -> None:
     keyed.client.headers.update(BOB)
-    told = stored(keyed, [body(model="sd15")] * 2)
-    for job_id in told["request_ids"]:
+    batch = stored(keyed, [body(model="sd15")] * 2)
+    for job_id in batch["request_ids"]:
         fail(keyed, job_id)
     stored(keyed, [body(model="sdxl")] * 3)
-    url = f"/v1/batches/{told['batch_id']}/retry"
+    url = f"/v1/batches/{batch['batch_id']}/retry"
     refused(keyed.client.post(url), 429, "TOO_MANY_QUEUED")
-    assert counts(keyed, told["batch_id"]) == {"failed": 2}
+    assert counts(keyed, batch["batch_id"]) == {"failed": 2}
 
 
 def test_a_picture_of_many_requests_is_stored_once(fresh: Service, tmp_path: Path) -> None:
@@ -252,8 +252,8 @@ def test_a_picture_of_many_requests_is_stored_once(fresh: Service, tmp_path: Pat
 
 
 def test_a_thousand_requests_are_one_call(fresh: Service) -> None:
-    told = stored(fresh, seeded(1000))
-    assert len(set(told["request_ids"])) == 1000
-    assert counts(fresh, told["batch_id"]) == {"in_queue": 1000}
-    fresh.client.delete(f"/v1/batches/{told['batch_id']}").raise_for_status()
-    assert counts(fresh, told["batch_id"]) == {"canceled": 1000}
+    batch = stored(fresh, seeded(1000))
+    assert len(set(batch["request_ids"])) == 1000
+    assert counts(fresh, batch["batch_id"]) == {"in_queue": 1000}
+    fresh.client.delete(f"/v1/batches/{batch['batch_id']}").raise_for_status()
+    assert counts(fresh, batch["batch_id"]) == {"canceled": 1000}

@@ -1,4 +1,4 @@
-"""Large bodies: refused while they stream in, and never more work than they are worth."""
+"""Large bodies are refused while they stream in, and cost little work."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 def padded(size: int) -> bytes:
-    """A good request of exactly `size` bytes."""
+    """Return a valid request of exactly `size` bytes."""
     text = json.dumps(body())
     return (text + " " * (size - len(text))).encode()
 
@@ -74,7 +74,7 @@ def test_a_long_text_is_no_large_body(service: Service) -> None:
 
 
 def test_the_event_loop_answers_others_while_a_large_picture_is_decoded(service: Service) -> None:
-    """33 million pixels take about a second to decode; a loop that decoded them would answer nobody."""
+    """33 million pixels take about a second to decode, which must not block the event loop."""
     picture = base64.b64encode(png(8192, 4096)).decode()
     request = body(model="flux_kontext", prompt={"ctrl_img": picture})
     codes: list[int] = []

@@ -1,4 +1,4 @@
-"""docs/calling.md, and OpenAI's client on other pages: all of it works as written on a real gateway."""
+"""The examples in docs/calling.md, and those with OpenAI's client on other pages, run on a real gateway."""
 
 from __future__ import annotations
 

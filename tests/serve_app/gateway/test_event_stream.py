@@ -1,4 +1,4 @@
-"""`GET /v1/requests/{id}/events`: everything that happens is told, once, whichever gateway tells it."""
+"""`GET /v1/requests/{id}/events`: each event arrives exactly once, from any gateway."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from serve_app.gateway import event_stream as events
 from tests.serve_app.conftest import Service, body, running
 from tests.support.service import wait_until
 
-Told = tuple[str, Any]
+Event = tuple[str, Any]
 
 
 class Stream:
-    """The events of one answer, in order; `last` is the id of the newest, `comments` those before it."""
+    """The events of one stream, in order; `last` is the id of the newest, `comments` counts the comments."""
 
     def __init__(self, answer: httpx.Response) -> None:
         self.answer = answer
@@ -34,7 +34,7 @@ class Stream:
         self.comments = 0
         self._lines = answer.iter_lines()
 
-    def __iter__(self) -> Iterator[Told]:
+    def __iter__(self) -> Iterator[Event]:
         event: dict[str, str] = {}
         for line in self._lines:
             if line.startswith(":"):
@@ -49,17 +49,17 @@ class Stream:
             else:
                 event = {}
 
-    def next(self) -> Told:
+    def next(self) -> Event:
         return next(iter(self))
 
-    def until(self, state: str) -> list[Told]:
-        """Return all events up to the one of a state."""
-        told = []
+    def until(self, state: str) -> list[Event]:
+        """Return all events up to the one with this state."""
+        received = []
         for name, data in self:
-            told.append((name, data))
+            received.append((name, data))
             if data.get("status") == state:
-                return told
-        raise AssertionError(f"it ended before {state}: {told}")
+                return received
+        raise AssertionError(f"the stream ended before {state}: {received}")
 
 
 @contextmanager
@@ -72,12 +72,12 @@ def follow(client: httpx.Client, job_id: str, last: str | None = None, **headers
         yield Stream(answer)
 
 
-def states(told: list[Told]) -> list[str]:
-    return [data["status"] for name, data in told if name == "state"]
+def states(received: list[Event]) -> list[str]:
+    return [data["status"] for name, data in received if name == "state"]
 
 
 def report(service: Service, claim: Claim, step: int, phase: Phase = Phase.STEP) -> dict[str, Any]:
-    """Write progress as a worker does; return the event that it becomes."""
+    """Write progress as a worker does; return the resulting event's data."""
     progress = Progress(prompt=0, prompts=1, step=step, steps=25, phase=phase)
     service.queue.heartbeat(claim, progress, renew=True)
     return {"prompt": 0, "prompts": 1, "step": step, "steps": 25, "phase": phase}
@@ -170,7 +170,7 @@ def test_a_silent_stream_beats_and_ends_in_time(fresh: Service, monkeypatch: pyt
 
 
 def test_streams_hold_no_threads_and_leave_nothing_behind(fresh: Service) -> None:
-    """More streams than the process has threads; their clients go away without a word."""
+    """Open more streams than the process has threads; their clients just disconnect."""
     ids = [fresh.submit() for _ in range(30)]
     before = threading.active_count()
     clients = [httpx.Client(base_url=fresh.client.base_url, timeout=60) for _ in range(3)]
@@ -184,7 +184,7 @@ def test_streams_hold_no_threads_and_leave_nothing_behind(fresh: Service) -> Non
                 streams.append(Stream(answer))
                 streams[-1].next()
         assert followers() == 90
-        # At most the threads of the pool that reads the table.
+        # Only the pool that reads the table adds threads.
         assert threading.active_count() - before < 15
         assert other.submit(fresh.submit).result(timeout=20)
         for stream in streams:
@@ -200,10 +200,10 @@ def test_the_program_in_the_documentation(fresh: Service) -> None:
     scope: dict[str, Any] = {}
     exec(program, scope)
     claim = fresh.claim(fresh.submit())
-    told = scope["follow"](fresh.client, claim.job.id)
-    assert states([next(told), next(told)]) == ["in_queue", "in_progress"]
+    stream = scope["follow"](fresh.client, claim.job.id)
+    assert states([next(stream), next(stream)]) == ["in_queue", "in_progress"]
     fresh.publish(claim)
-    assert states(list(told)) == ["succeeded"]
+    assert states(list(stream)) == ["succeeded"]
 
 
 def followers() -> int:

@@ -1,4 +1,4 @@
-"""GET /v1/requests: newest first, one's own, and pages that hold while jobs arrive."""
+"""GET /v1/requests: newest first, own jobs only, and pages that stay stable while jobs arrive."""
 
 from __future__ import annotations
 

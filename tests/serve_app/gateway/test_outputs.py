@@ -1,4 +1,4 @@
-"""What the gateway serves from the output directory, and what it never does."""
+"""Files that the gateway serves from the output directory, and files that it must never serve."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.serve_app.conftest import Service, body, kontext_body, png
 
 
 def raw_get(service: Service, target: str) -> tuple[int, bytes]:
-    """GET a target as it stands: no client cleans it up."""
+    """GET a target unchanged; an HTTP client would normalise it."""
     address = (service.client.base_url.host, service.client.base_url.port or 0)
     with socket.create_connection(address, timeout=30) as connection:
         connection.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())

@@ -24,7 +24,7 @@ from tests.support.service import edited_config, free_port, serve_run
 pytestmark = pytest.mark.slow
 
 SOON_MS = 90_000
-"""Far above what a busy machine needs."""
+"""Timeout in ms, far more than a busy machine needs."""
 
 PHONE = {"width": 360, "height": 740}
 
@@ -36,7 +36,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     write_tiny_checkpoints(folder / "checkpoints")
     write_tiny_lora(folder / "loras" / "style.safetensors", seed=1)
     save_pair(folder / "loras" / "other.safetensors")
-    # What is inspected is compared with the real model, which is wider.
+    # Inspection compares the file with the real model, which is wider.
     layer = "transformer.transformer_blocks.0.attn.to_q"
     pair = {f"{layer}.lora_A.weight": np.ones((2, 3072)), f"{layer}.lora_B.weight": np.ones((3072, 2))}
     save_file(pair, folder / "loras" / "real.safetensors")
@@ -57,11 +57,13 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser, service: httpx.Client) -> Iterator[Page]:
-    """The page in a fresh profile; it must not complain, and ask nobody but the service."""
+    """The page in a fresh profile. It must log no errors and send requests only to the service."""
     page = browser.new_page()
     complaints: list[str] = []
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("console", lambda told: complaints.append(told.text) if "Content Security" in told.text else None)
+    page.on(
+        "console", lambda entry: complaints.append(entry.text) if "Content Security" in entry.text else None
+    )
     page.on("request", lambda asked: complaints.append(asked.url) if not own(asked.url, service) else None)
     page.set_default_timeout(SOON_MS)
     expect.set_options(timeout=SOON_MS)
@@ -86,7 +88,7 @@ def fill(page: Page, prompts: str, lora: str = "style.safetensors", steps: int =
 
 
 def submit(page: Page) -> Locator:
-    """Press the button; return the card of the new job."""
+    """Click the button; return the card of the new job."""
     with page.expect_response("**/v1/inference") as answered:
         page.get_by_role("button", name="Generate").click()
     card = page.locator(f"#job-{answered.value.json()['request_id']}")
@@ -140,7 +142,7 @@ def test_from_a_request_to_a_picture_and_another(page: Page, service: httpx.Clie
 
 
 def compare(page: Page, one: Locator, other: Locator) -> None:
-    """Compare the pictures of two cards by the keyboard alone."""
+    """Compare the pictures of two cards using only the keyboard."""
     for card in (one, other):
         button = card.get_by_role("button", name="Compare")
         button.focus()

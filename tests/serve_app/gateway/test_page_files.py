@@ -1,4 +1,4 @@
-"""The files of the page: what is sent, and that nothing in them loads or runs what comes from elsewhere."""
+"""The files of the page: how they are served, and that they load or run nothing from other origins."""
 
 from __future__ import annotations
 

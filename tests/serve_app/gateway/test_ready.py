@@ -1,4 +1,4 @@
-"""`/ready` tells a lost job table; `/health` that the process lives all the same."""
+"""`/ready` fails if the job table is unreachable; `/health` still succeeds."""
 
 from __future__ import annotations
 

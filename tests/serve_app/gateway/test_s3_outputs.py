@@ -127,7 +127,8 @@ def test_a_picture_by_way_of_s3(
     kept = Path(settings.jobs.removeprefix("sqlite:///")).parent
     table = b"".join(file.read_bytes() for file in kept.glob("jobs.db*"))
     assert key.encode() in table
-    logged = [text.getMessage() for text in caplog.records if text.name != "httpx"]  # The test's own client.
+    # Only the test's own client logs as httpx.
+    logged = [text.getMessage() for text in caplog.records if text.name != "httpx"]
     for secret in (signature, "X-Amz-", SECRET):
         assert secret.encode() not in table and secret not in str(logged)
 

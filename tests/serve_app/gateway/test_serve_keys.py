@@ -1,4 +1,4 @@
-"""What a request and the environment hold in secret, through Ray Serve: no log of Ray's or ours shows it."""
+"""Secrets of a request and the environment, through Ray Serve: no log of Ray or ours shows them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_no_log_of_the_cluster_holds_a_secret_or_prompt(tmp_path: Path) -> None:
             assert any(file.suffix == ".log" for file in files)
             assert any(file.suffix == ".db" for file in files)
             assert [file for file in files if b"Sg7" in file.read_bytes()] == []
-            told = {file.name for file in files if PROMPT.encode() in file.read_bytes()}
-            assert told and told <= {"jobs.db", "jobs.db-wal"}
+            holding = {file.name for file in files if PROMPT.encode() in file.read_bytes()}
+            assert holding and holding <= {"jobs.db", "jobs.db-wal"}
     finally:
         shutil.rmtree(ray_folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Two Ray nodes, PostgreSQL and S3: the gateway on one, workers on the other; what refuses to start so."""
+"""Two Ray nodes with PostgreSQL and S3: gateway on one, workers on the other; configs that must not start."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ pytestmark = pytest.mark.slow
 LORA = FOLDER / "flux" / "lora" / "tiny_a.safetensors"
 
 PLACES = {"gateway": "front", "flux": "back"}
-"""Where each deployment runs: the node that has this resource."""
+"""The resource of each deployment's node."""
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """A running cluster of `front`, the head, and `back`; relative paths of a node start in its folder."""
+    """A running cluster: `front` (the head) and `back`. A node resolves relative paths in its own folder."""
 
     address: str
     folders: dict[str, Path]
@@ -61,7 +61,7 @@ class Nodes:
 def nodes(
     tmp_path_factory: pytest.TempPathFactory, checkpoints: Path, s3_server: S3Server
 ) -> Iterator[Nodes]:
-    ray_folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # Ray's socket paths are bounded in length.
+    ray_folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # Ray's socket paths have a maximum length.
     folders = {name: tmp_path_factory.mktemp(name).resolve() for name in ("front", "back")}
     database = PostgresServer(flush=False)
     jobs, outputs, back_port = database.create(), f"s3://{BUCKET}/several-nodes", free_port()
@@ -84,7 +84,7 @@ def nodes(
             patch.chdir(folders["front"])
             cluster.add_node(num_cpus=2, resources={"front": 1}, include_dashboard=False)
             patch.chdir(folders["back"])
-            # Both nodes have one address here.
+            # Both nodes share one address here.
             ports = {"RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(back_port)}
             cluster.add_node(num_cpus=2, resources={"back": 1}, env_vars=ports)
             yield Nodes(str(cluster.address), folders, jobs, outputs, back_port)
@@ -95,7 +95,7 @@ def nodes(
 
 
 def placed_config(port: int) -> str:
-    """Return the rendered config with each deployment on its node, as operations.md describes it."""
+    """Return the rendered config with each deployment on its node, as in operations.md."""
     config = yaml.safe_load(edited_config(["flux"], port))
     for application in config["applications"]:
         for deployment in application["deployments"]:
@@ -128,7 +128,7 @@ def test_a_job_crosses_the_nodes(nodes: Nodes, tmp_path: Path) -> None:
         with httpx.Client(base_url=f"http://127.0.0.1:{nodes.back_port}", timeout=30) as other:
             wait_until(lambda: _answers(other), 60, "the second node's proxy")
             pictures = [_picture(nodes, each, job_id) for each in (client, other) for job_id in ids]
-        assert len(set(pictures)) == 1, "one LoRA and seed, wherever the file came from and whoever asks"
+        assert len(set(pictures)) == 1, "same LoRA and seed: same picture, from any source and for any client"
 
 
 def _answers(client: httpx.Client) -> bool:

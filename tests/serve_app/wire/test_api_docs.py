@@ -1,4 +1,4 @@
-"""docs/api.md keeps up with the code."""
+"""docs/api.md matches the code."""
 
 from __future__ import annotations
 

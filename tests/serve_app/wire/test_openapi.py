@@ -1,4 +1,4 @@
-"""The OpenAPI description: whole, right by its own rules, and kept by the running service."""
+"""The OpenAPI description is complete and valid, and the running service conforms to it."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def validator(schema: dict[str, Any]) -> Draft202012Validator:
 
 
 def schema_of(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a body with its references followed one step."""
+    """Return the schema of a body with its references resolved one level."""
     (media,) = content.values()
     schema = media["schema"]
     return SCHEMAS[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
 
 
 def errors_of(operation: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield status and JSON of each error but 422 in FastAPI's own form, which has no codes."""
+    """Yield status and JSON of each error, except FastAPI's own 422, which has no codes."""
     for status, response in operation["responses"].items():
         media = response.get("content", {}).get("application/json", {})
         if int(status) >= 400 and media["schema"] != {"$ref": "#/components/schemas/HTTPValidationError"}:
@@ -95,7 +95,7 @@ def test_each_error_has_a_schema_with_its_codes(operation: dict[str, Any]) -> No
             validator(media["schema"]).validate(example["value"])
             unknown = json.dumps(example["value"]).replace(f'"{code}"', '"NO_SUCH_CODE"')
             assert not validator(media["schema"]).is_valid(json.loads(unknown))
-            # What a job fails of has no status of its own; OpenAI's routes give it one.
+            # A job's failure codes have no HTTP status; OpenAI's routes give them one.
             assert statuses.get(code) == status or code in set(FailureCode)
 
 
@@ -120,7 +120,7 @@ def test_the_service_keeps_to_its_description(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("API_KEYS", KEY)
     monkeypatch.setenv("SECRET_KEY", "Sg7secret-0123456789-0123456789-01")
     with serving(tmp_path) as service, rendering(service):
-        save_pair(tmp_path / "loras" / "my_style.safetensors")  # Examples name it.
+        save_pair(tmp_path / "loras" / "my_style.safetensors")  # The examples use it.
         service.store.put("example/0.png", png(), "image/png")
         run = [Path(sys.executable).with_name("st"), "--config-file", str(CONFIG), "run"]
         done = subprocess.run(

@@ -1,6 +1,6 @@
-"""Every refusal: its code, status and details, its place in the order, and that nothing was stored.
+"""Every refusal: its code, status and details, the order of the checks, and that nothing was stored.
 
-What hostile files, URLs and images are refused with is in `tests/hostile`.
+`tests/hostile` covers the refusals of hostile files, URLs and images.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MODEL_RULES: dict[str, dict[str, Any]] = {
     "LORA_NOT_FOUND": {"loras": [{"path": "missing.safetensors"}]},
     "CONTROL_IMAGE_REQUIRED": {"model": "flux_kontext"},
 }
-"""What breaks each rule, in the order of the checks."""
+"""Changes that break each rule, in the order of the checks."""
 
 OTHERS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("TOO_MANY_PROMPTS", body(prompts=[{"prompt": "a"}] * 101), {"prompts": 101, "most": 100}),
@@ -61,7 +61,7 @@ OTHERS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 
 def refused(service: Service, request: dict[str, Any]) -> tuple[str, dict[str, Any], int]:
-    """Post a request that must be refused with an error of ours; check that it left nothing behind."""
+    """Post a request that must be refused with one of our errors; check that nothing was stored."""
     before = service.stored
     answer = service.post(request)
     assert service.stored == before
@@ -144,7 +144,7 @@ def test_what_is_no_intact_safetensors_file_is_refused(service: Service) -> None
 @pytest.mark.parametrize("path", ["", ".", "style", "style.safetensors/x", "a" * 300, "x/y/z.safetensors"])
 def test_a_path_that_names_no_lora(service: Service, path: str) -> None:
     code, details, status = refused(service, body(lora={"path": path}))
-    # The root itself is there, but it is no file.
+    # The root itself exists, but it is not a file.
     assert code == ("LORA_FORMAT_NOT_SUPPORTED" if path in ("", ".") else "LORA_NOT_FOUND")
     assert (details["lora_path"], status) == (path, 400)
 

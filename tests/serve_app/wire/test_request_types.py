@@ -1,4 +1,4 @@
-"""What the body of a request may hold: types, bounds, and clean answers to everything else."""
+"""Types and bounds of the request body, and clean errors for everything else."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_errors_echo_numbers_but_never_text(service: Service) -> None:
     by_field = {error["loc"][-1]: error for error in errors}
     assert by_field["width"]["input"] == 5
     assert by_field["width"]["ctx"] == {"ge": 64}
-    # Infinity is no JSON.
+    # Infinity is not valid JSON.
     assert "input" not in by_field["height"]
     assert "input" not in by_field["hf_token"]
 

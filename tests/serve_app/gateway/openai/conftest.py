@@ -16,7 +16,7 @@ LORAS = {"loras": [{"path": "style.safetensors", "network_multiplier": 0.8}]}
 
 @pytest.fixture
 def client(service: Service) -> Iterator[openai.OpenAI]:
-    """OpenAI's client as people make it, its retries included."""
+    """OpenAI's client with its default retries."""
     with openai.OpenAI(base_url=f"{service.client.base_url}/v1", api_key="unused") as made:
         yield made
 

@@ -1,4 +1,4 @@
-"""`POST /v1/images/edits`, called by the real `openai` package, and by hand where that sends no such form."""
+"""`POST /v1/images/edits`, called by the real `openai` package, or by hand for forms that it cannot send."""
 
 from __future__ import annotations
 

@@ -223,7 +223,7 @@ def test_a_client_that_goes_away_leaves_its_job(fresh: Service) -> None:
 
 
 def test_many_wait_at_once_and_the_gateway_answers_others(fresh: Service) -> None:
-    """More wait than the gateway has threads."""
+    """More calls wait than the gateway has threads."""
 
     async def call(count: int) -> list[str]:
         async with openai.AsyncOpenAI(
